@@ -1,0 +1,131 @@
+"""A shard's images and labels: from CSV and .npy files into one tensor, and out of it in batches.
+
+Used by client.py for the device's own shard and by server.py for the test set.
+"""
+
+import json
+from pathlib import Path
+
+from libs import UserError, cv2, np, pd, torch
+
+
+def describe_dataset(dataset, folder):
+    """What is known of a dataset: {"channels": int, "classes": [str, …]}, from `folder`/dataset.json if it is there.
+
+    Without that file a name containing MNIST means one channel, any other three, and the classes are the ten digits.
+    Raises UserError when the folder is missing, or dataset.json is not what partition.py writes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no dataset in {folder}: run partition.py, or unpack the device's bundle there")
+    path = folder / "dataset.json"
+    info = {"channels": 1 if "MNIST" in dataset else 3, "classes": [str(digit) for digit in range(10)]}
+    if path.exists():
+        try:
+            info.update(json.loads(path.read_text(encoding="utf-8")))
+            assert info["channels"] in (1, 3) and info["classes"] == [str(name) for name in info["classes"]]
+        except (ValueError, TypeError, AssertionError):
+            raise UserError(f"{path} is damaged: run partition.py again") from None
+    return {"channels": info["channels"], "classes": info["classes"]}
+
+
+def read_table(path, num_classes, phases=()):
+    """Read a CSV with the columns id and label, and phase where `phases` are named, each of which must have rows.
+
+    Returns a DataFrame with id as str, label as int in [0, num_classes), phase as str. Raises UserError, naming file
+    and row, for a missing column, a duplicate id, a label out of range, an unknown or an empty phase.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a readable CSV: {error}") from None
+    columns = ["id", "label"] + (["phase"] if phases else [])
+    for column in columns:
+        if column not in table:
+            raise UserError(f"{path} has no column {column}; it needs {','.join(columns)}")
+
+    def refuse(bad, what):
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise UserError(f"{path}, line {row + 2}: {what.format(**table.iloc[row])}")
+
+    refuse(table["id"].duplicated(), "id {id} stands twice")
+    labels = pd.to_numeric(table["label"], errors="coerce")
+    refuse(~labels.isin(range(num_classes)), f"label {{label}} is not in 0..{num_classes - 1}")
+    if phases:
+        refuse(~table["phase"].isin(phases), f"phase {{phase}} is not one of {', '.join(phases)}")
+        for phase in phases:
+            if not (table["phase"] == phase).any():
+                raise UserError(f"{path} has no row of phase {phase}")
+    elif table.empty:
+        raise UserError(f"{path} has no rows")
+    return table[columns].assign(label=labels.astype(int))
+
+
+def read_image(path, image_size):
+    """Read one .npy image: uint8 H×W or H×W×3, resized to `image_size` (height, width) where it differs."""
+    try:
+        image = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"image {path} is missing") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"image {path} cannot be read: {error}") from None
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
+        raise UserError(f"image {path} is {image.dtype} of shape {image.shape}, not uint8 of H×W or H×W×3")
+    if image.shape[:2] != tuple(image_size):
+        image = cv2.resize(image, (image_size[1], image_size[0]), interpolation=cv2.INTER_AREA)
+    return image
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """The images that `df` lists (columns id, label), read once from `data_path`/<id>.npy and kept in memory.
+
+    `images` is uint8 N×C×H×W and `labels` int64 N, both on one device; C is 1 for grey images, else 3. An item is
+    (float32 C×H×W in 0..1, int label). Raises UserError for an image that is missing, damaged or unlike the first.
+    """
+
+    def __init__(self, df, data_path, image_size=(32, 32)):
+        images = None
+        for row, image_id in enumerate(df["id"]):
+            path = Path(data_path) / f"{image_id}.npy"
+            image = read_image(path, image_size)
+            if images is None:
+                images = np.empty((len(df), *image.shape), np.uint8)
+            elif image.shape != images.shape[1:]:
+                raise UserError(f"image {path} is {'grey' if image.ndim == 2 else 'coloured'}, unlike those before it")
+            images[row] = image
+        if images is None:
+            raise UserError(f"no images are listed for {data_path}")
+        images = torch.from_numpy(images)
+        self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.tensor(df["label"].to_numpy(), dtype=torch.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index].float().div(255), int(self.labels[index])
+
+    def to(self, device):
+        """Move the whole shard to `device`, once; batches are then made there. Returns self."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
+
+class BatchLoader:
+    """Batches of an ImageDataset, on its device: (float32 B×C×H×W in 0..1, int64 B), in a new order if `shuffle`.
+
+    Cuts whole batches from the tensor in memory: a DataLoader fetches and collates image by image, which costs about
+    as much as LeNet5 does, and copies to the GPU batch by batch.
+    """
+
+    def __init__(self, dataset, batch_size, shuffle=False):
+        self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
+
+    def __len__(self):
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self):
+        images, labels = self.dataset.images, self.dataset.labels
+        order = torch.randperm if self.shuffle else torch.arange
+        for indices in order(len(images), device=images.device).split(self.batch_size):
+            yield images[indices].float().div_(255), labels[indices]

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The whole suite on one machine: partition, one server, NUM_CLIENTS clients. Run by `make demo`, or as
+#     DATASET=Shapes10 NUM_CLIENTS=4 NUM_ROUNDS=5 bash deploy/demo.sh
+set -u
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+num_clients=${NUM_CLIENTS:-4} num_rounds=${NUM_ROUNDS:-5} dataset=${DATASET:-CIFAR10}
+export OMP_NUM_THREADS=1 # several torch processes share this machine
+
+partition() {
+    "$python" partition.py --dataset "$dataset" --num_clients "$num_clients" ${SOURCE:+--source "$SOURCE"}
+}
+
+if ! partition; then
+    [ -z "${DATASET:-}${SOURCE:-}" ] || exit 2
+    echo "CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10, which is drawn here"
+    dataset=Shapes10
+    partition || exit 2
+fi
+
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+"$python" server.py --server_port "$port" --dataset "$dataset" --num_clients "$num_clients" --num_rounds "$num_rounds" &
+server=$!
+processes+=("$server")
+echo "each client trains in a process of its own; it writes to ckps/$dataset/client_<cid>.log"
+mkdir -p "ckps/$dataset"
+for ((cid = 0; cid < num_clients; cid++)); do
+    "$python" client.py --server_port "$port" --dataset "$dataset" --cid "$cid" --num_threads 1 \
+        >"ckps/$dataset/client_$cid.log" 2>&1 &
+    processes+=($!)
+done
+wait "$server"
+code=$?
+[ "$code" -ne 0 ] || wait
+exit "$code"

@@ -1,0 +1,70 @@
+"""One pass of training or of testing over batches, for any net; used by the clients and by the server's test.
+
+A loader is anything with a length that yields (float32 B×C×H×W, int64 B): data.BatchLoader or torch's DataLoader.
+"""
+
+import sys
+
+from libs import nn, torch, tqdm
+
+from nets import save_checkpoint
+
+
+def run_epoch(loader, model, device, optimizer=None, title=None):
+    """Train `model` for one pass over `loader`, or only measure it where `optimizer` is None.
+
+    Returns (mean cross entropy in nats, accuracy in 0..1), both over all images; a training pass measures each batch
+    before the step on it. Nothing in the loop waits for the device: the two sums are read back once, at the end.
+    """
+    training = optimizer is not None
+    model.train(training)
+    loss_fn = nn.CrossEntropyLoss()
+    sizes, losses, hits = [], [], []
+    with torch.set_grad_enabled(training):
+        for images, labels in tqdm(loader, title, leave=False, disable=title is None):
+            images, labels = images.to(device), labels.to(device)  # no copies where they are there already
+            logits = model(images)
+            loss = loss_fn(logits, labels)
+            if training:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            sizes.append(len(labels))
+            losses.append(loss.detach())
+            hits.append((logits.detach().argmax(1) == labels).sum())
+    weights = torch.tensor(sizes, dtype=torch.float64)
+    loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
+    return loss.item(), torch.stack(hits).sum().item() / sum(sizes)
+
+
+def client_fit_fn(
+    loaders, model, num_epochs=1, device="cpu", save_ckp_path=None, training_verbose=True, lr=1e-3, about=None
+):
+    """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
+
+    Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
+    trained, and those of the trained model. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to
+    `save_ckp_path` if given. `training_verbose` shows a bar a pass, on a terminal.
+    """
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    show = training_verbose and sys.stderr.isatty()
+    for epoch in range(1, num_epochs + 1):
+        title = f"epoch {epoch}/{num_epochs}" if show else None
+        fit_loss, fit_accuracy = run_epoch(loaders["fit"], model, device, optimizer, title)
+    eval_loss, eval_accuracy = run_epoch(loaders["eval"], model, device, title="eval" if show else None)
+    metrics = {
+        "fit_loss": fit_loss,
+        "fit_accuracy": fit_accuracy,
+        "eval_loss": eval_loss,
+        "eval_accuracy": eval_accuracy,
+    }
+    if save_ckp_path is not None:
+        save_checkpoint(save_ckp_path, model, {**(about or {}), "metrics": metrics})
+    return metrics
+
+
+def server_test_fn(test_loaders, server_model, device="cpu"):
+    """Measure `server_model` on test_loaders["test"]; returns {"test_loss", "test_accuracy"}, floats."""
+    test_loss, test_accuracy = run_epoch(test_loaders["test"], server_model.to(device), device)
+    return {"test_loss": test_loss, "test_accuracy": test_accuracy}

@@ -1,0 +1,79 @@
+"""The nets, and what can be done with the parameters of any net: take, put back, fingerprint, save, load.
+
+To train another net, write its class here and let `Net`, at the end, name it; server and clients follow. It must
+take `(in_channels, num_classes)` and images of 32×32, and keep the two numbers as attributes.
+"""
+
+import hashlib
+
+from libs import nn, np, torch, written_whole
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 (LeCun et al. 1998) with batch norm, ReLU and max pooling, for images of 32×32.
+
+    Takes float32 N×in_channels×32×32 and returns logits, float32 N×num_classes.
+    """
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer3 = nn.Sequential(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+        self.classifier = nn.Linear(84, num_classes)
+
+    def forward(self, images):
+        return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
+
+
+def get_arrays(model):
+    """Copies of the parameters and buffers of `model`: a list of numpy arrays, in the order of its state dict."""
+    return [tensor.detach().cpu().numpy().copy() for tensor in model.state_dict().values()]
+
+
+def set_arrays(model, arrays):
+    """Put such a list into `model`, in place. Raises ValueError where number or shapes differ."""
+    state = model.state_dict()
+    if len(arrays) != len(state):
+        raise ValueError(f"{len(arrays)} arrays for a net of {len(state)}")
+    for (name, tensor), array in zip(state.items(), arrays):
+        if tuple(tensor.shape) != np.shape(array):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {np.shape(array)}")
+        tensor.copy_(torch.as_tensor(array))
+
+
+def fingerprint(model):
+    """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
+    lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def save_checkpoint(path, model, about=None):
+    """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
+
+    `about` gives what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None where absent.
+    Raises OSError when it cannot be written; the file that was there before is then still there.
+    """
+    checkpoint = {
+        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "net": type(model).__name__,
+        "in_channels": model.in_channels,
+        "num_classes": model.num_classes,
+        **dict.fromkeys(("classes", "dataset", "round", "metrics", "wandb_run_id", "args")),
+        **(about or {}),
+    }
+    with written_whole(path) as part:
+        with open(part, "wb") as file:  # opened here, so that a full disk is an OSError and not torch's own
+            torch.save(checkpoint, file)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary)."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = globals()[checkpoint["net"]](checkpoint["in_channels"], checkpoint["num_classes"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+Net = LeNet5

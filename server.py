@@ -1,0 +1,587 @@
+"""Train one model over the data of many devices, by federated averaging.
+
+    python server.py --server_address 0.0.0.0 --dataset CIFAR10 --num_clients 10 --num_rounds 100
+    python server.py --server_address 0.0.0.0 --dataset CIFAR10 --num_clients 10 --num_rounds 100 --resume
+
+Waits for the clients, has all of them train at the same time in every round, averages what they send and tests the
+result. Leaves server.ptl, best.ptl, history.csv and metrics.png in ckps/<dataset>/, and the curves in Weights & Biases.
+"""
+
+import errno
+import functools
+import hmac
+import ipaddress
+import os
+import queue
+import secrets
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from libs import CKPS, DATASETS, ROOT, UserError, claim, new_parser, number, quiet_flower, run_script, say, tqdm
+
+import flwr.server
+from flwr.common import Code, GetPropertiesIns, ReconnectIns
+from flwr.server import ServerConfig, SimpleClientManager, start_server
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.history import History
+
+from client import plain_args, prove, read_secret
+from data import BatchLoader, ImageDataset, describe_dataset, read_table
+from nets import Net, fingerprint, load_checkpoint
+from strategies import FedAvg, printable
+
+HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
+HANDSHAKE_TIMEOUT = 10  # seconds
+SETTLE = 10  # seconds without a new client until a round starts with fewer than all
+POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
+MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
+
+
+def parse_args():
+    parser = new_parser(__doc__)
+    positive = number(float, 0, inside=True)
+    parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
+    parser.add_argument("--server_port", type=number(int, 1, 65535), default=8080, help="port to listen on")
+    parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of clients, with cids from 0")
+    parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
+    parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: all)")
+    parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out")
+    parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
+    parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
+    parser.add_argument("--certificates", type=Path, metavar="DIR", help="TLS with its ca.pem, server.pem, server.key")
+    parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
+    args = parser.parse_args()
+    args.min_clients = args.min_clients or args.num_clients
+    if args.min_clients > args.num_clients:
+        raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
+    return args
+
+
+class Stopped(Exception):
+    """A signal asked the server to stop."""
+
+
+class DeviceFailure(Exception):
+    """A client gave no answer; `cid` says which, the text why."""
+
+    def __init__(self, cid, reason):
+        super().__init__(reason)
+        self.cid = cid
+
+
+class Device(ClientProxy):
+    """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time."""
+
+    def __init__(self, proxy, properties):
+        super().__init__(str(properties["cid"]))
+        self.proxy, self.device_id = proxy, properties["device_id"]
+        self.lock = threading.Lock()
+        self.gone = threading.Event()
+
+    def _ask(self, method, ins, timeout, group_id):
+        started = time.monotonic()
+        if not self.lock.acquire(timeout=timeout or -1):
+            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s")
+        try:
+            return getattr(self.proxy, method)(ins, timeout, group_id)
+        except Exception:
+            late = timeout is not None and time.monotonic() - started >= timeout
+            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
+        finally:
+            self.lock.release()
+
+    get_properties = functools.partialmethod(_ask, "get_properties")
+    get_parameters = functools.partialmethod(_ask, "get_parameters")
+    fit = functools.partialmethod(_ask, "fit")
+    evaluate = functools.partialmethod(_ask, "evaluate")
+    reconnect = functools.partialmethod(_ask, "reconnect")
+
+    def beat(self):
+        """Say a word to the client, unless it is busy, so that both sides notice when the other is gone."""
+        if self.lock.acquire(blocking=False):
+            try:
+                self.proxy.get_properties(GetPropertiesIns({}), HEARTBEAT, 0)
+            except Exception:
+                self.close()
+            finally:
+                self.lock.release()
+
+    def close(self):
+        """Fail the question under way, and end the connection."""
+        self.proxy.bridge.close()
+
+
+class Registry(SimpleClientManager):
+    """The clients that take part, by cid. Flower registers each connection here; a handshake decides on it.
+
+    `expected` is what the clients must have like the server: dataset, net, fingerprint. With a `secret` (bytes) they
+    must also prove that they know it, before they get anything else.
+    """
+
+    def __init__(self, num_clients, expected, secret=None):
+        super().__init__()
+        self.num_clients, self.expected, self.secret = num_clients, expected, secret
+        self.connections = set()  # Flower's ids of the open ones, admitted or not
+        self.last_joined = time.monotonic()
+        self.closed = False
+
+    def register(self, client):
+        if self.closed:
+            raise ConnectionAbortedError("the server is about to stop")
+        self.connections.add(client.cid)
+        threading.Thread(target=self._greet, args=(client,), daemon=True).start()
+        return True  # so that Flower carries our questions to it
+
+    def unregister(self, client):
+        with self._cv:
+            self.connections.discard(client.cid)
+            for cid, device in list(self.clients.items()):
+                if device.proxy is client:
+                    del self.clients[cid]
+                    device.gone.set()
+                    if not self.closed:
+                        say(f"cid {cid} left")
+            self._cv.notify_all()
+
+    def _greet(self, proxy):
+        """Admit a connection or turn it away; then keep the silence on it short, for as long as it lasts."""
+        nonce = secrets.token_hex(16)
+        try:
+            res = proxy.get_properties(GetPropertiesIns({"nonce": nonce}), HANDSHAKE_TIMEOUT, 0)
+        except Exception:
+            return
+        properties = res.properties if res.status.code == Code.OK else {}
+        reason = self._why_not(properties, nonce)
+        if reason is None:
+            device = Device(proxy, properties)
+            reason = self._admit(device)
+        if reason is not None:
+            say(f"turned away cid {printable(properties.get('cid', 'unknown'), 20)}: {reason}")
+            self._send_away(proxy, {"turned_away": reason})
+            return
+        while not device.gone.wait(HEARTBEAT):
+            device.beat()
+
+    def _why_not(self, properties, nonce):
+        """The reason not to admit a client with these properties, if there is one."""
+        cid = properties.get("cid")
+        if self.secret is not None:
+            proof = properties.get("proof")
+            if proof is None:
+                return "the server asks for a secret: start the client with --secret_file"
+            if not hmac.compare_digest(str(proof).encode(), prove(self.secret, nonce, cid).encode()):
+                return "its secret is not the server's"
+        if type(cid) is not int or not isinstance(properties.get("device_id"), str):
+            return "it is not this suite's client.py"
+        if not 0 <= cid < self.num_clients:
+            return f"cid {cid} is not in 0..{self.num_clients - 1} (server's --num_clients {self.num_clients})"
+        for name, value in self.expected.items():
+            if properties.get(name) != value:
+                return f"its {name} is {printable(properties.get(name), 40)}, the server's is {value}"
+        for name in ("num_fit", "num_eval"):
+            if type(properties.get(name)) is not int or properties[name] < 1:
+                return f"its {name} is {printable(properties.get(name), 40)}, not a positive number of images"
+        return None
+
+    def _admit(self, device):
+        """Take a device in; the reason why not, if there is one."""
+        with self._cv:
+            if device.proxy.cid not in self.connections or self.closed:
+                return "its connection is lost"
+            before = self.clients.get(device.cid)
+            if before is not None and before.device_id != device.device_id:
+                return f"cid {device.cid} is in use by another device"
+            if before is not None:
+                before.gone.set()
+                before.close()
+            self.clients[device.cid] = device
+            self.last_joined = time.monotonic()
+            self._cv.notify_all()
+        say(f"cid {device.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+        return None
+
+    def _send_away(self, proxy, notice):
+        """Tell a connection why, and end it."""
+        try:
+            proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
+            if "turned_away" in notice:
+                proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
+        except Exception:
+            pass  # it is gone already, which is as good
+        proxy.bridge.close()
+
+    def sample(self, num_clients, min_num_clients=None, criterion=None):
+        """All clients that are there, at most `num_clients`; never waits (`wait_for_round` does)."""
+        with self._cv:
+            return sorted(self.clients.values(), key=lambda device: int(device.cid))[:num_clients]
+
+    def wait_for_round(self, min_clients, check):
+        """Wait until all clients are there, or `min_clients` and nobody new for SETTLE seconds; say who is missing.
+
+        `check` is called every POLL seconds, to raise what should end the waiting.
+        """
+        say_at, pause = time.monotonic() + 2, 5
+        with self._cv:
+            while len(self.clients) < self.num_clients:
+                check()
+                now = time.monotonic()
+                if len(self.clients) >= min_clients and now - self.last_joined >= SETTLE:
+                    return
+                if now >= say_at:
+                    missing = [str(cid) for cid in range(self.num_clients) if str(cid) not in self.clients]
+                    cids = ", ".join(missing[:20] + ["…"] * (len(missing) > 20))
+                    say(f"waiting for {len(missing)} of {self.num_clients} clients: cid {cids}")
+                    say_at, pause = now + pause, min(2 * pause, 600)
+                self._cv.wait(POLL)
+
+    def close(self, notice):
+        """Admit nobody any more, and end all connections: those with an idle client with a notice."""
+        with self._cv:
+            self.closed = True
+            devices = list(self.clients.values())
+
+        def end(device):
+            if device.lock.acquire(blocking=False):
+                self._send_away(device.proxy, notice)
+            device.close()
+
+        in_parallel([lambda device=device: end(device) for device in devices], timeout=HANDSHAKE_TIMEOUT)
+
+
+def in_parallel(calls, timeout=None):
+    """Make all calls at the same time, in threads that do not outlive the process, and wait for them."""
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout)
+
+
+class Server(flwr.server.Server):
+    """Flower's server with a loop that waits for the right clients, can be stopped, and goes on from any round.
+
+    A round is counted only if somebody trained in it.
+    """
+
+    def __init__(self, registry, strategy, min_clients=1, first_round=1):
+        super().__init__(client_manager=registry, strategy=strategy)
+        self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
+        self.signum = None
+
+    def stop(self, signum, frame):
+        """The handler of SIGINT and SIGTERM; a second signal ends the process at once."""
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+
+    def check(self):
+        """Raise what should end the training early: a signal, or a failure to keep the record."""
+        if self.signum is not None:
+            raise Stopped
+        self.strategy.check()
+
+    def fit(self, num_rounds, timeout):
+        """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
+        signal.signal(signal.SIGINT, self.stop)  # Flower's start_server has just put its own there
+        signal.signal(signal.SIGTERM, self.stop)
+        started, delay, current = time.monotonic(), 1, self.first_round
+        self.parameters = self.strategy.initialize_parameters(self.registry)
+        while current <= num_rounds:
+            self.registry.wait_for_round(self.min_clients, self.check)
+            instructions = self.strategy.configure_fit(current, self.parameters, self.registry)
+            results, failures = self.ask("fit", instructions, timeout, current)
+            parameters, _ = self.strategy.aggregate_fit(current, results, failures)
+            if parameters is None:
+                say(f"round {current}: nobody trained; it is run again in {delay} s")
+                self.pause(delay)
+                delay = min(2 * delay, MAX_RETRY_DELAY)
+                continue
+            self.parameters, delay = parameters, 1
+            instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
+            results, failures = self.ask("evaluate", instructions, timeout, current)
+            self.strategy.aggregate_evaluate(current, results, failures)
+            current += 1
+        return History(), time.monotonic() - started
+
+    def ask(self, method, instructions, timeout, current):
+        """Ask all clients at the same time: ([(client, its answer), …], [DeviceFailure or (client, answer), …])."""
+        answers = queue.SimpleQueue()
+
+        def ask_one(client, ins):
+            try:
+                answers.put((client, getattr(client, method)(ins, timeout, current)))
+            except Exception as error:
+                answers.put(error)
+
+        for client, ins in instructions:
+            threading.Thread(target=ask_one, args=(client, ins), daemon=True).start()
+        results, failures = [], []
+        while len(results) + len(failures) < len(instructions):
+            self.check()
+            try:
+                answer = answers.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            good = isinstance(answer, tuple) and answer[1].status.code == Code.OK
+            (results if good else failures).append(answer)
+        return results, failures
+
+    def pause(self, seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(min(POLL, max(0, until - time.monotonic())))
+
+    def disconnect_all_clients(self, timeout):
+        """Tell all clients that training is over."""
+        self.registry.closed = True
+        goodbye = ReconnectIns(seconds=None)
+
+        def part(client):
+            try:
+                client.reconnect(goodbye, HANDSHAKE_TIMEOUT, None)
+            except DeviceFailure:
+                pass  # it is gone already
+
+        in_parallel([lambda client=client: part(client) for client in self.registry.sample(self.registry.num_clients)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be there before the first round.
+
+
+def check_address(host, port):
+    """The address to give to Flower, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        reason = "the port is in use; choose another with --server_port" if in_use else error.strerror or error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_certificates(folder):
+    """The three certificates that Flower takes (bytes: CA, server, key), or None where `folder` is None."""
+    if folder is None:
+        return None
+    paths = [folder / name for name in ("ca.pem", "server.pem", "server.key")]
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(paths[1], paths[2])
+        return tuple(path.read_bytes() for path in paths)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(
+            f"no usable ca.pem, server.pem and server.key in {folder} ({error.strerror or error}): "
+            "make them with deploy/make_certificates.sh"
+        ) from None
+
+
+def take_up(path, model, dataset):
+    """Put the checkpoint `path` into `model`: (its round, its wandb run id), (0, None) where there is none yet."""
+    if not path.exists():
+        say(f"nothing to resume in {path.parent}: starting at round 1")
+        return 0, None
+    try:
+        saved, checkpoint = load_checkpoint(path)
+        mine = {"dataset": dataset, "net": type(model).__name__, "num_classes": model.num_classes}
+        for name, value in {**mine, "in_channels": model.in_channels}.items():
+            if checkpoint[name] != value:
+                raise UserError(f"cannot resume from {path}: its {name} is {checkpoint[name]}, not {value}")
+        model.load_state_dict(saved.state_dict())
+        return int(checkpoint["round"]), checkpoint["wandb_run_id"]
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch.load and load_state_dict make of a file that is not ours
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot resume from {path}: {reason}") from None
+
+
+def move_aside(folder):
+    """Move what an earlier run of the server left in `folder` to a folder with the date in its name."""
+    names = ("server.ptl", "best.ptl", "history.csv", "metrics.png")
+    if found := [folder / name for name in names if (folder / name).exists()]:
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y-%m-%d_%H%M%S')}")
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        say(f"moved the earlier run to {aside} (--resume would go on from it)")
+
+
+def start_wandb(dataset, run_id, config):
+    """Start or continue a run in Weights & Biases: (the run, one line that says where it is to be seen).
+
+    WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
+    """
+    import wandb  # here, since only the server needs it
+
+    mode, why = os.environ.get("WANDB_MODE"), "no key is at hand"
+    if mode in (None, "online"):
+        try:
+            has_key = wandb.login(prompt=False)
+        except Exception as error:
+            has_key, why = False, printable(error, 80)
+        if mode == "online" and not has_key:
+            raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
+        mode = "online" if has_key else "offline"
+    settings = {"silent": True, "console": "off", "init_timeout": 30, "finish_timeout": 30}
+    options = {
+        "project": "FL-IoT",
+        "name": dataset,
+        "id": run_id,
+        "config": config,
+        "dir": os.environ.get("WANDB_DIR", ROOT),
+    }
+    if mode == "online":
+        try:
+            run = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**settings), **options)
+            return run, f"curves: {run.url}"
+        except Exception as error:
+            why = printable(error, 80)
+            mode = "offline"
+    run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+    if mode != "offline":
+        return run, f"curves: WANDB_MODE is {mode}"
+    return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
+
+
+class Progress:
+    """What the user sees of the rounds: one bar on a terminal, one line a round otherwise."""
+
+    def __init__(self, num_rounds, last_round):
+        self.num_rounds = num_rounds
+        self.bar = tqdm(total=num_rounds, initial=last_round, unit="round", disable=not sys.stderr.isatty())
+
+    def show_row(self, row):
+        names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
+        if not self.bar.disable:
+            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in names}, refresh=False)
+            self.bar.update()
+            return
+        figures = "  ".join(f"{name} {row[name]:.3f}" for name in names)
+        counts = f"{row['clients']} clients, {row['failures']} failures, {row['round_seconds']:.1f} s"
+        say(f"round {row['round']}/{self.num_rounds}  {figures}  ({counts})")
+
+    def show_drop(self, current, cid, reason):
+        say(f"round {current}: dropped cid {cid}: {reason}")
+
+
+def main():
+    args = parse_args()
+    if not args.verbose:
+        quiet_flower()
+
+    # What the user gave: all of it is checked before anything is touched.
+    secret = read_secret(args.secret_file)
+    certificates = read_certificates(args.certificates)
+    address = check_address(args.server_address, args.server_port)
+    source, folder = DATASETS / args.dataset, CKPS / args.dataset
+    info = describe_dataset(args.dataset, source)
+    model = Net(info["channels"], len(info["classes"]))
+    test = ImageDataset(read_table(source / "test.csv", len(info["classes"])), source / "test")
+    if test.images.shape[1] != info["channels"]:
+        raise UserError(f"images of {source / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
+    checkpoint = folder / "server.ptl"
+    try:
+        held = claim(folder / "server.lock")
+        if held is None:
+            raise UserError(f"another server is training {args.dataset} in {folder}")
+        last_round, run_id = take_up(checkpoint, model, args.dataset) if args.resume else (0, None)
+        if last_round >= args.num_rounds:
+            say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
+            return 0
+        if not args.resume:
+            move_aside(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if secret is None and not is_loopback(args.server_address):
+        say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
+
+    # The parts, from the last to the first.
+    settings = plain_args(args)
+    run, where = start_wandb(args.dataset, run_id, settings)
+    say(where)
+    progress = Progress(args.num_rounds, last_round)
+    hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
+    try:
+        strategy = FedAvg(
+            model,
+            checkpoint,
+            last_round=last_round,
+            test_loaders={"test": BatchLoader(test, 250)},
+            about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+            on_row=progress.show_row,
+            on_drop=progress.show_drop,
+            log=run.log,
+            on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
+            min_fit_clients=1,
+            min_evaluate_clients=1,
+            min_available_clients=1,
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"cannot resume from {folder}/history.csv: {printable(error)}") from None
+    expected = {"dataset": args.dataset, "net": type(model).__name__, "fingerprint": fingerprint(model)}
+    registry = Registry(args.num_clients, expected, secret)
+    server = Server(registry, strategy, args.min_clients, last_round + 1)
+
+    # The rounds; and whatever ends them, what is finished is saved and the clients are told.
+    code = 0
+    say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
+    try:
+        config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
+        start_server(server_address=address, server=server, config=config, certificates=certificates)
+    except Stopped:
+        say(f"stopping ({signal.Signals(server.signum).name}; once more to leave at once)")
+    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
+        code = 1 if isinstance(end.code, str) else end.code or 0
+        if code == 1:
+            say(f"server.py: {end.code}", sys.stderr)
+    except BaseException as error:
+        code = fail(error)
+    registry.close({"stopped": "the server stopped before the last round"})
+    try:
+        strategy.close()
+    except BaseException as error:
+        code = code or fail(error)
+    progress.bar.close()
+    run.finish()
+    if checkpoint.exists():
+        say(f"checkpoint: {checkpoint} (the best: {checkpoint.with_name('best.ptl').name})")
+        say(f"history: {folder / 'history.csv'}")
+        say(f"picture: {folder / 'metrics.png'}")
+    if server.signum is not None:
+        code = 128 + server.signum
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+
+
+def fail(error):
+    """Say why the server ends: in a line where a disk or folder is at fault, else with the traceback. Returns 1."""
+    if isinstance(error, OSError):
+        say(f"server.py: cannot go on: {error}", sys.stderr)
+    else:
+        traceback.print_exception(error)
+        say(f"server.py: cannot go on: {type(error).__name__}: {error}", sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    run_script(main)

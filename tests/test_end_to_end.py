@@ -1,0 +1,108 @@
+"""Partition, server and three clients as real processes, on real images, and what they leave."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+COLUMNS = (
+    "round fit_loss fit_accuracy eval_loss eval_accuracy global_eval_loss global_eval_accuracy "
+    "test_loss test_accuracy clients failures round_seconds"
+).split()
+
+
+@pytest.fixture(scope="module")
+def trained(cifar10, tmp_path_factory):
+    """A suite in which three clients have trained for three rounds on 3,000 images of CIFAR-10."""
+    from conftest import Suite
+
+    suite = Suite(tmp_path_factory.mktemp("end_to_end"))
+    subprocess.run([sys.executable, cifar10 / "build_archive", suite.root, "300"], check=True, timeout=60)
+    suite.partition("--source", suite.root / "cifar-10-python.tar.gz", "--num_clients", 3)
+    suite.trained = suite.server("--num_clients", 3, "--num_rounds", 3)
+    suite.clients = [suite.client(cid) for cid in range(3)]
+    assert suite.trained.wait(120) == 0, suite.trained
+    assert [client.wait(20) for client in suite.clients] == [0, 0, 0]
+    yield suite
+    suite.close()
+
+
+def test_history_has_a_row_a_round_with_every_figure(trained):
+    history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
+    assert list(history.columns) == COLUMNS
+    assert list(history["round"]) == [1, 2, 3]
+    assert np.isfinite(history.to_numpy()).all()
+    assert (history["clients"] == 3).all() and (history["failures"] == 0).all()
+    assert history["fit_loss"].is_monotonic_decreasing
+    assert history["test_accuracy"].iloc[-1] > 0.2  # ten classes: chance is 0.1
+
+
+def test_checkpoint_alone_is_enough_to_repeat_the_test(trained):
+    sys.path.insert(0, str(trained.root))
+    from nets import load_checkpoint
+
+    folder = trained.root / "datasets" / "CIFAR10"
+    model, checkpoint = load_checkpoint(trained.ckps("CIFAR10") / "server.ptl")
+    history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
+    assert checkpoint["round"] == 3 and checkpoint["dataset"] == "CIFAR10" and checkpoint["net"] == "LeNet5"
+    assert checkpoint["classes"][0] == "airplane" and checkpoint["num_classes"] == 10
+    table = pd.read_csv(folder / "test.csv")
+    images = np.stack([np.load(folder / "test" / f"{image_id}.npy") for image_id in table["id"]])
+    with torch.no_grad():
+        logits = model(torch.tensor(images.transpose(0, 3, 1, 2) / np.float32(255)))
+    accuracy = (logits.argmax(1).numpy() == table["label"]).mean()
+    assert accuracy == pytest.approx(history["test_accuracy"].iloc[-1], abs=1e-6)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(table["label"].to_numpy())).item()
+    assert loss == pytest.approx(history["test_loss"].iloc[-1], rel=1e-4)
+
+
+def test_best_checkpoint_is_of_the_best_round(trained):
+    best = torch.load(trained.ckps("CIFAR10") / "best.ptl", weights_only=True)
+    history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
+    assert best["metrics"]["test_accuracy"] == history["test_accuracy"].max()
+    assert best["round"] == history["round"][history["test_accuracy"].idxmax()]
+
+
+def test_wandb_has_the_same_curves(trained):
+    (folder,) = (trained.root / "wandb").glob("offline-run-*")
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    printed = subprocess.run([wandb, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
+    steps = {}
+    for line in printed.stdout.splitlines():
+        for item in json.loads(line).get("history", {}).get("item", []):
+            name = item.get("key") or ".".join(item["nestedKey"])
+            steps.setdefault(name, []).append(json.loads(item["valueJson"]))
+    history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
+    assert steps["_step"] == [1, 2, 3]
+    for name in COLUMNS[1:]:
+        assert steps[name] == pytest.approx(list(history[name])), name
+    for cid in range(3):
+        assert len(steps[f"clients/{cid}/fit_loss"]) == 3
+
+
+def test_devices_leave_their_own_checkpoints(trained):
+    for cid in range(3):
+        checkpoint = torch.load(trained.ckps("CIFAR10") / f"client_{cid}.ptl", weights_only=True)
+        assert checkpoint["round"] == 3 and checkpoint["dataset"] == "CIFAR10"
+        assert checkpoint["metrics"]["fit_loss"] > 0
+
+
+def test_nothing_but_our_own_short_lines_is_shown(trained):
+    for process in [trained.trained, *trained.clients]:
+        assert process.err == ""
+        for word in ("deprecat", "Traceback", "INFO", "flwr", "Flower"):
+            assert word not in process.out
+    assert trained.trained.out.count("\n") < 20
+    assert "checkpoint:" in trained.trained.out and "wandb sync" in trained.trained.out
+
+
+def test_picture_is_drawn(trained):
+    import cv2
+
+    picture = cv2.imread(str(trained.ckps("CIFAR10") / "metrics.png"))
+    assert picture.shape[0] > 300 and picture.shape[1] > 800 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 8
