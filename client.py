@@ -332,8 +332,10 @@ def main():
     args = parse_args()
     if not args.verbose:
         quiet_flower()
-    if args.root_certificate is not None and not args.root_certificate.is_file():
-        raise UserError(f"there is no certificate {args.root_certificate}")
+    try:
+        ssl.create_default_context(cafile=args.root_certificate)
+    except OSError as error:
+        raise UserError(f"no certificate can be read from {args.root_certificate}: {error.strerror or error}") from None
     secret = read_secret(args.secret_file)
     device = choose_device(args.device)
     if args.num_threads is not None:

@@ -69,9 +69,15 @@ def save_checkpoint(path, model, about=None):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary)."""
+    """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary).
+
+    Runs no code from the file. Raises ValueError for a net that is not in this module.
+    """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = globals()[checkpoint["net"]](checkpoint["in_channels"], checkpoint["num_classes"])
+    net = globals().get(checkpoint["net"])
+    if net is None:
+        raise ValueError(f"its net is {checkpoint['net']}, which nets.py has not")
+    model = net(checkpoint["in_channels"], checkpoint["num_classes"])
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 

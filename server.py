@@ -430,7 +430,12 @@ def start_wandb(dataset, run_id, config):
 
     WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
     """
-    import wandb  # here, since only the server needs it
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
+    try:
+        import matplotlib  # noqa: F401 (for the picture; better missed now than at the end)
+        import wandb  # here, after that variable is set
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
 
     mode, why = os.environ.get("WANDB_MODE"), "no key is at hand"
     if mode in (None, "online"):
@@ -550,7 +555,7 @@ def main():
     except Stopped:
         say(f"stopping ({signal.Signals(server.signum).name}; once more to leave at once)")
     except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
-        code = 1 if isinstance(end.code, str) else end.code or 0
+        code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
         if code == 1:
             say(f"server.py: {end.code}", sys.stderr)
     except BaseException as error:

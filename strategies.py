@@ -19,7 +19,7 @@ from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy
 
 from engines import server_test_fn
-from nets import get_arrays, load_checkpoint, save_checkpoint, set_arrays
+from nets import get_arrays, save_checkpoint, set_arrays
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
@@ -208,7 +208,7 @@ class FedAvg(strategy.FedAvg):
         self.model = copy.deepcopy(initial_model)  # the worker's own, to test and save
         self.expected = list(zip(self.model.state_dict(), get_arrays(self.model)))
         self.history = History(self.save_ckp_path.with_name("history.csv"), last_round)
-        self.best = self._accuracy_of_best() if last_round else -1.0
+        self.best = max((row["test_accuracy"] for row in self.history.rows), default=-1.0)
         self.row, self.arrays, self.started = None, None, None  # of the round that is under way
         self.failures = 0
         self.error = None
@@ -216,10 +216,6 @@ class FedAvg(strategy.FedAvg):
         self.rounds = queue.Queue(BACKLOG)
         self.worker = threading.Thread(target=self._keep_record, daemon=True)
         self.worker.start()
-
-    def _accuracy_of_best(self):
-        best = self.save_ckp_path.with_name("best.ptl")
-        return load_checkpoint(best)[1]["metrics"]["test_accuracy"] if best.exists() else -1.0
 
     # -----------------------------------------------------------------------------------------------------------------
     # What Flower calls.

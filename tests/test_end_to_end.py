@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,17 +73,14 @@ def test_wandb_has_the_same_curves(trained):
     (folder,) = (trained.root / "wandb").glob("offline-run-*")
     wandb = str(Path(sys.executable).with_name("wandb"))
     printed = subprocess.run([wandb, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
-    steps = {}
-    for line in printed.stdout.splitlines():
-        for item in json.loads(line).get("history", {}).get("item", []):
-            name = item.get("key") or ".".join(item["nestedKey"])
-            steps.setdefault(name, []).append(json.loads(item["valueJson"]))
+    records = [json.loads(line) for line in printed.stdout.splitlines()]
+    steps = pd.DataFrame([record["history"]["item"] for record in records if record["type"] == "history"])
     history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
-    assert steps["_step"] == [1, 2, 3]
+    assert list(steps["_step"]) == [1, 2, 3]
     for name in COLUMNS[1:]:
-        assert steps[name] == pytest.approx(list(history[name])), name
+        assert list(steps[name]) == pytest.approx(list(history[name])), name
     for cid in range(3):
-        assert len(steps[f"clients/{cid}/fit_loss"]) == 3
+        assert steps[f"clients/{cid}/fit_loss"].notna().all()
 
 
 def test_devices_leave_their_own_checkpoints(trained):
@@ -102,7 +100,5 @@ def test_nothing_but_our_own_short_lines_is_shown(trained):
 
 
 def test_picture_is_drawn(trained):
-    import cv2
-
     picture = cv2.imread(str(trained.ckps("CIFAR10") / "metrics.png"))
     assert picture.shape[0] > 300 and picture.shape[1] > 800 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 8
