@@ -16,6 +16,7 @@ import secrets
 import signal
 import socket
 import ssl
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -75,21 +76,18 @@ def prove(secret, nonce, cid):
     return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
 
 
-class ServerLost(BaseException):
-    """The server has been silent for too long. Not an Exception, so that nothing on the way out takes it for one."""
-
-
 def answers(method):
-    """Marks the methods that answer the server: the watch for its silence pauses inside them and restarts after."""
+    """Marks the methods that answer the server, to note when it was heard last; while they work nothing is expected."""
 
     @functools.wraps(method)
     def answer(self, *args, **kwargs):
-        self.heard = True
-        self.watch(0)
+        self.heard, self.listening = True, False
+        for signum, handler in self.handlers.items():  # an older Flower has put its own there
+            signal.signal(signum, handler)
         try:
             return method(self, *args, **kwargs)
         finally:
-            self.watch(SILENCE)
+            self.last_heard, self.listening = time.monotonic(), True
 
     return answer
 
@@ -111,14 +109,10 @@ class Client(NumPyClient):
             "num_eval": len(loaders["eval"].dataset),
             **(properties or {}),
         }
-        self.watching = False  # whether to watch for the server's silence
-        self.heard = False  # whether the server has asked anything yet on this connection
+        self.handlers = {}  # the signal handlers to keep
         self.notice = {}  # what the server said before it sends us away
-
-    def watch(self, seconds):
-        """Raise ServerLost in `seconds` from now, by SIGALRM; 0 calls it off."""
-        if self.watching:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+        self.heard = False  # whether the server has asked anything yet on this connection
+        self.listening, self.last_heard = False, 0.0  # whether it is the server's turn, and since when
 
     @answers
     def get_properties(self, config):
@@ -225,14 +219,27 @@ def probe(host, port, root_certificate):
         return f"no server at {address} ({error.strerror or error})"
 
 
+def watch_silence(client, port):
+    """Hang up, for ever watching, whenever the server has been silent for SILENCE seconds though it is its turn.
+
+    A cut that no packet tells of looks like silence. The TCP connection itself is shut down: gRPC, asked to close a
+    channel, would wait until what it still has to send is gone, a quarter of an hour at worst.
+    """
+    while True:
+        time.sleep(1)
+        if not client.listening or time.monotonic() - client.last_heard < SILENCE:
+            continue
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as sock:
+                if sock.getpeername()[1:2] == (port,):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
 def stay_connected(client, host, port, root_certificate, max_wait_time):
     """Serve the server until it says that training is over, through every loss of it. Returns the exit code."""
 
-    def lost(signum, frame):
-        raise ServerLost
-
-    signal.signal(signal.SIGALRM, lost)
-    client.watching = True
+    client.handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    threading.Thread(target=watch_silence, args=(client, port), daemon=True).start()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     certificate = root_certificate.read_bytes() if root_certificate is not None else None
     last_seen, tries, said = time.monotonic(), 0, None
@@ -240,8 +247,8 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
         problem = probe(host, port, root_certificate)
         if problem is None:
             client.heard, client.notice = False, {}
+            client.last_heard, client.listening = time.monotonic(), True
             try:
-                client.watch(SILENCE)
                 start_client(
                     server_address=address,
                     client=client.to_client(),
@@ -249,14 +256,14 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
                     insecure=certificate is None,
                 )
                 problem = client.notice.get("stopped")
-            except ServerLost:
-                problem = f"nothing heard from the server for {SILENCE} s"
             except grpc.RpcError as error:
-                late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-                problem = "the server did not wait for us any longer" if late else f"lost the server at {address}"
+                problem = f"lost the server at {address}"
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    problem = "the server did not wait for us any longer"
+                elif time.monotonic() - client.last_heard >= SILENCE:
+                    problem = f"nothing heard from the server for {SILENCE} s"
                 problem = client.notice.get("stopped", problem)
-            finally:
-                client.watch(0)
+            client.listening = False
             if "turned_away" in client.notice:
                 raise UserError(f"the server turned this client away: {client.notice['turned_away']}")
             if problem is None:

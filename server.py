@@ -29,12 +29,11 @@ import flwr.server
 from flwr.common import Code, GetPropertiesIns, ReconnectIns
 from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.history import History
 
 from client import plain_args, prove, read_secret
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
 from nets import Net, fingerprint, load_checkpoint
-from strategies import FedAvg, printable
+from strategies import FedAvg, History, printable
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
 HANDSHAKE_TIMEOUT = 10  # seconds
@@ -116,6 +115,7 @@ class Device(ClientProxy):
 
     def close(self):
         """Fail the question under way, and end the connection."""
+        self.gone.set()
         self.proxy.bridge.close()
 
 
@@ -143,12 +143,17 @@ class Registry(SimpleClientManager):
     def unregister(self, client):
         with self._cv:
             self.connections.discard(client.cid)
-            for cid, device in list(self.clients.items()):
-                if device.proxy is client:
-                    del self.clients[cid]
-                    device.gone.set()
-                    if not self.closed:
-                        say(f"cid {cid} left")
+            for device in [device for device in self.clients.values() if device.proxy is client]:
+                self.drop(device)
+
+    def drop(self, device):
+        """Let a client go, whose connection is gone or as good as gone."""
+        with self._cv:
+            if self.clients.get(device.cid) is device:
+                del self.clients[device.cid]
+                if not self.closed:
+                    say(f"cid {device.cid} left")
+            device.close()
             self._cv.notify_all()
 
     def _greet(self, proxy):
@@ -200,7 +205,6 @@ class Registry(SimpleClientManager):
             if before is not None and before.device_id != device.device_id:
                 return f"cid {device.cid} is in use by another device"
             if before is not None:
-                before.gone.set()
                 before.close()
             self.clients[device.cid] = device
             self.last_joined = time.monotonic()
@@ -209,10 +213,11 @@ class Registry(SimpleClientManager):
         return None
 
     def _send_away(self, proxy, notice):
-        """Tell a connection why, and end it."""
+        """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
         try:
-            proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
-            if "turned_away" in notice:
+            if notice:
+                proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
+            if "stopped" not in notice:
                 proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
         except Exception:
             pass  # it is gone already, which is as good
@@ -243,26 +248,21 @@ class Registry(SimpleClientManager):
                 self._cv.wait(POLL)
 
     def close(self, notice):
-        """Admit nobody any more, and end all connections: those with an idle client with a notice."""
+        """Admit nobody any more, and send all clients away, with a notice to those that can hear it: the idle ones."""
         with self._cv:
+            devices = [] if self.closed else list(self.clients.values())
             self.closed = True
-            devices = list(self.clients.values())
 
         def end(device):
-            if device.lock.acquire(blocking=False):
+            if device.lock.acquire(timeout=1):
                 self._send_away(device.proxy, notice)
             device.close()
 
-        in_parallel([lambda device=device: end(device) for device in devices], timeout=HANDSHAKE_TIMEOUT)
-
-
-def in_parallel(calls, timeout=None):
-    """Make all calls at the same time, in threads that do not outlive the process, and wait for them."""
-    threads = [threading.Thread(target=call, daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout)
+        threads = [threading.Thread(target=end, args=(device,), daemon=True) for device in devices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 class Server(flwr.server.Server):
@@ -309,27 +309,33 @@ class Server(flwr.server.Server):
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
             current += 1
-        return History(), time.monotonic() - started
+        return flwr.server.History(), time.monotonic() - started
 
     def ask(self, method, instructions, timeout, current):
         """Ask all clients at the same time: ([(client, its answer), …], [DeviceFailure or (client, answer), …])."""
-        answers = queue.SimpleQueue()
+        answers, waiting = queue.SimpleQueue(), {client for client, _ in instructions}
+        late = time.monotonic() + timeout + 1 if timeout else float("inf")
 
         def ask_one(client, ins):
             try:
-                answers.put((client, getattr(client, method)(ins, timeout, current)))
+                answers.put((client, (client, getattr(client, method)(ins, timeout, current))))
             except Exception as error:
-                answers.put(error)
+                answers.put((client, error))
 
         for client, ins in instructions:
             threading.Thread(target=ask_one, args=(client, ins), daemon=True).start()
         results, failures = [], []
-        while len(results) + len(failures) < len(instructions):
+        while waiting:
             self.check()
+            if time.monotonic() > late:  # Flower's own limit starts when all is sent, which to a dead link it never is
+                late = float("inf")
+                for client in waiting:
+                    self.registry.drop(client)
             try:
-                answer = answers.get(timeout=POLL)
+                client, answer = answers.get(timeout=POLL)
             except queue.Empty:
                 continue
+            waiting.remove(client)
             good = isinstance(answer, tuple) and answer[1].status.code == Code.OK
             (results if good else failures).append(answer)
         return results, failures
@@ -342,16 +348,7 @@ class Server(flwr.server.Server):
 
     def disconnect_all_clients(self, timeout):
         """Tell all clients that training is over."""
-        self.registry.closed = True
-        goodbye = ReconnectIns(seconds=None)
-
-        def part(client):
-            try:
-                client.reconnect(goodbye, HANDSHAKE_TIMEOUT, None)
-            except DeviceFailure:
-                pass  # it is gone already
-
-        in_parallel([lambda client=client: part(client) for client in self.registry.sample(self.registry.num_clients)])
+        self.registry.close({})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,11 +403,14 @@ def take_up(path, model, dataset):
             if checkpoint[name] != value:
                 raise UserError(f"cannot resume from {path}: its {name} is {checkpoint[name]}, not {value}")
         model.load_state_dict(saved.state_dict())
-        return int(checkpoint["round"]), checkpoint["wandb_run_id"]
+        History(path.with_name("history.csv"), checkpoint["round"])
+        return checkpoint["round"], checkpoint["wandb_run_id"]
     except UserError:
         raise
-    except Exception as error:  # whatever torch.load and load_state_dict make of a file that is not ours
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except ValueError as error:
+        raise UserError(f"cannot resume from {path}: {error}") from None
+    except Exception as error:  # whatever torch.load, load_state_dict and pandas make of files that are not ours
+        reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
 
@@ -437,7 +437,8 @@ def start_wandb(dataset, run_id, config):
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
 
-    mode, why = os.environ.get("WANDB_MODE"), "no key is at hand"
+    mode = os.environ.get("WANDB_MODE")
+    why = "no key is at hand" if mode in (None, "online") else "as WANDB_MODE says"
     if mode in (None, "online"):
         try:
             has_key = wandb.login(prompt=False)
@@ -525,23 +526,20 @@ def main():
     say(where)
     progress = Progress(args.num_rounds, last_round)
     hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
-    try:
-        strategy = FedAvg(
-            model,
-            checkpoint,
-            last_round=last_round,
-            test_loaders={"test": BatchLoader(test, 250)},
-            about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
-            on_row=progress.show_row,
-            on_drop=progress.show_drop,
-            log=run.log,
-            on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
-            min_fit_clients=1,
-            min_evaluate_clients=1,
-            min_available_clients=1,
-        )
-    except (ValueError, KeyError) as error:
-        raise UserError(f"cannot resume from {folder}/history.csv: {printable(error)}") from None
+    strategy = FedAvg(
+        model,
+        checkpoint,
+        last_round=last_round,
+        test_loaders={"test": BatchLoader(test, 250)},
+        about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+        on_row=progress.show_row,
+        on_drop=progress.show_drop,
+        log=run.log,
+        on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
+        min_fit_clients=1,
+        min_evaluate_clients=1,
+        min_available_clients=1,
+    )
     expected = {"dataset": args.dataset, "net": type(model).__name__, "fingerprint": fingerprint(model)}
     registry = Registry(args.num_clients, expected, secret)
     server = Server(registry, strategy, args.min_clients, last_round + 1)
@@ -567,10 +565,14 @@ def main():
         code = code or fail(error)
     progress.bar.close()
     run.finish()
-    if checkpoint.exists():
-        say(f"checkpoint: {checkpoint} (the best: {checkpoint.with_name('best.ptl').name})")
-        say(f"history: {folder / 'history.csv'}")
-        say(f"picture: {folder / 'metrics.png'}")
+    for what, name in (
+        ("model", "server.ptl"),
+        ("best", "best.ptl"),
+        ("history", "history.csv"),
+        ("picture", "metrics.png"),
+    ):
+        if (folder / name).exists():
+            say(f"{what}: {folder / name}")
     if server.signum is not None:
         code = 128 + server.signum
     sys.stdout.flush()

@@ -5,7 +5,6 @@ one worker thread, in order, while the devices train on: test, checkpoint, best 
 """
 
 import copy
-import csv
 import io
 import math
 import queue
@@ -13,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from libs import np, written_whole
+from libs import np, pd, written_whole
 
 from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy
@@ -123,32 +122,20 @@ def printable(value, limit=200):
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def blank(value, instead):
-    """`value`, or `instead` where it is not a number: a measure that could not be taken."""
-    return instead if math.isnan(value) else value
-
-
 class History:
     """The rows of history.csv, a dictionary each; the file is rewritten whole whenever some are added."""
 
     def __init__(self, path, last_round=0):
-        """Take over the rows up to `last_round` from `path`. Raises ValueError when it is damaged."""
+        """Take over the rows up to `last_round` from `path`. Raises ValueError or KeyError when it is damaged."""
         self.path, self.rows = Path(path), []
         if last_round and self.path.exists():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                for line in csv.DictReader(file):
-                    row = {name: float(line[name] or "nan") for name in COLUMNS}
-                    row.update({name: int(row[name]) for name in ("round", "clients", "failures")})
-                    self.rows.append(row)
-            self.rows = [row for row in self.rows if row["round"] <= last_round]
+            table = pd.read_csv(self.path)[list(COLUMNS)]
+            self.rows = table[table["round"] <= last_round].to_dict("records")
 
     def extend(self, rows):
         self.rows.extend(rows)
         with written_whole(self.path) as part:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows({name: blank(row[name], "") for name in COLUMNS} for row in self.rows)
+            pd.DataFrame(self.rows, columns=COLUMNS).to_csv(part, index=False)
 
     def draw(self, path, title):
         """Draw loss and accuracy over rounds into the picture `path`."""
@@ -352,8 +339,8 @@ class FedAvg(strategy.FedAvg):
 
     def _save_checkpoint(self, name, row, arrays):
         set_arrays(self.model, arrays)
-        metrics = {name: blank(row[name], None) for name in COLUMNS}
-        about = {**self.about, "round": row["round"], "metrics": metrics}
+        measured = {name: row[name] for name in COLUMNS if row[name] == row[name]}  # nan: could not be measured
+        about = {**self.about, "round": row["round"], "metrics": {**dict.fromkeys(COLUMNS), **measured}}
         save_checkpoint(self.save_ckp_path.with_name(name), self.model, about)
 
     def _draw(self):

@@ -96,7 +96,7 @@ def test_nothing_but_our_own_short_lines_is_shown(trained):
         for word in ("deprecat", "Traceback", "INFO", "flwr", "Flower"):
             assert word not in process.out
     assert trained.trained.out.count("\n") < 20
-    assert "checkpoint:" in trained.trained.out and "wandb sync" in trained.trained.out
+    assert "model:" in trained.trained.out and "wandb sync" in trained.trained.out
 
 
 def test_picture_is_drawn(trained):
