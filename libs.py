@@ -41,8 +41,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows every default, and keeps the lines of the description as they are."""
+
+    def _get_help_string(self, action):
+        if action.required or action.dest == "help" or "(default" in action.help:
+            return action.help
+        default = {None: "none", False: "off"}.get(action.default, action.default)
+        return f"{action.help} (default: {default})"
 
 
 def new_parser(description):
@@ -67,8 +73,10 @@ def number(kind, low, high=float("inf"), inside=False):
         except ValueError:
             value = float("nan")
         if not (low < value < high if inside else low <= value <= high):
-            where = "inside" if inside else "in"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {where} {low}..{high}")
+            what = "a whole number" if kind is int else "a number"
+            where = f"above {low} and below {high}" if inside else f"from {low} to {high}"
+            where = where.replace(" and below inf", "").replace(" to inf", " up")
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {where}")
         return value
 
     return parse

@@ -33,7 +33,7 @@ STALL_TIMEOUT = 30  # seconds that a started download may be silent
 def parse_args():
     parser = new_parser(__doc__)
     parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of shards")
-    parser.add_argument("--source", type=Path, help="archive, zip or folder to read instead")
+    parser.add_argument("--source", type=Path, help="archive, zip or folder to read (default: see above)")
     parser.add_argument("--partition", choices=["iid", "dirichlet"], default="iid", help="equal shards, or label skew")
     positive, fraction = number(float, 0, inside=True), number(float, 0, 1, inside=True)
     parser.add_argument("--alpha", type=positive, default=0.5, help="dirichlet: the smaller, the more skewed")

@@ -51,11 +51,13 @@ def parse_args():
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
-    parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: all)")
-    parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out")
+    parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
+    parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
     parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
     parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
-    parser.add_argument("--certificates", type=Path, metavar="DIR", help="TLS with its ca.pem, server.pem, server.key")
+    parser.add_argument(
+        "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
+    )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     args = parser.parse_args()
     args.min_clients = args.min_clients or args.num_clients
@@ -431,6 +433,7 @@ def start_wandb(dataset, run_id, config):
     WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
+    os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say, we say
     try:
         import matplotlib  # noqa: F401 (for the picture; better missed now than at the end)
         import wandb  # here, after that variable is set
@@ -443,12 +446,13 @@ def start_wandb(dataset, run_id, config):
         try:
             has_key = wandb.login(prompt=False)
         except Exception as error:
-            has_key, why = False, printable(error, 80)
+            has_key, why = False, printable(error)
         if mode == "online" and not has_key:
             raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
         mode = "online" if has_key else "offline"
-    settings = {"silent": True, "console": "off", "init_timeout": 30, "finish_timeout": 30}
+    settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True)
     options = {
+        "settings": settings,
         "project": "FL-IoT",
         "name": dataset,
         "id": run_id,
@@ -457,15 +461,36 @@ def start_wandb(dataset, run_id, config):
     }
     if mode == "online":
         try:
-            run = wandb.init(mode=mode, resume="allow", settings=wandb.Settings(**settings), **options)
+            run = wandb.init(mode=mode, resume="allow", **options)
             return run, f"curves: {run.url}"
         except Exception as error:
-            why = printable(error, 80)
+            why = printable(error)
             mode = "offline"
-    run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+    run = wandb.init(mode=mode, **options)
     if mode != "offline":
         return run, f"curves: WANDB_MODE is {mode}"
     return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
+
+
+class Curves:
+    """The run in Weights & Biases. Whatever happens to it, the training goes on."""
+
+    def __init__(self, run):
+        self.run, self.failed = run, False
+
+    def log(self, figures, step):
+        try:
+            self.run.log(figures, step=step)
+        except Exception as error:  # its process has died; all figures are in history.csv
+            if not self.failed:
+                say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
+            self.failed = True
+
+    def finish(self):
+        try:
+            self.run.finish()
+        except Exception:  # its server is gone, or its process
+            say(f"curves: not all are sent; send them later with: wandb sync {Path(self.run.dir).parent}")
 
 
 class Progress:
@@ -524,6 +549,7 @@ def main():
     settings = plain_args(args)
     run, where = start_wandb(args.dataset, run_id, settings)
     say(where)
+    curves = Curves(run)
     progress = Progress(args.num_rounds, last_round)
     hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
     strategy = FedAvg(
@@ -534,7 +560,7 @@ def main():
         about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
         on_row=progress.show_row,
         on_drop=progress.show_drop,
-        log=run.log,
+        log=curves.log,
         on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
         min_fit_clients=1,
         min_evaluate_clients=1,
@@ -564,7 +590,7 @@ def main():
     except BaseException as error:
         code = code or fail(error)
     progress.bar.close()
-    run.finish()
+    curves.finish()
     for what, name in (
         ("model", "server.ptl"),
         ("best", "best.ptl"),

@@ -1,0 +1,334 @@
+"""Measure the suite's speed and memory, each figure beside its reference, in one run on the same work.
+
+    make bench
+    python benchmarks/bench.py epoch rounds --pairs 11
+
+Without names of rows all are run, on the real CIFAR-10 if ../shared/cifar10 makes it and else on drawn shapes, and the
+figures go to benchmarks/results.json and results.png; minutes on two quiet cores, with one torch thread. A ratio is
+ours divided by the reference, so less is better: the median, least and greatest of alternating pairs.
+"""
+
+import argparse
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+from common import BUILD_ARCHIVE, HERE, Suite, about_this_run, free_port, leave_on_signals, memory_of, write_json
+
+BLOCKS = {2: 50, 10: 50, 50: 10, 200: 8}  # row 4: number of clients, and rounds in each of the alternating blocks
+IMPORTS = "import torch, flwr.client; from flwr.client import start_client; print('imported'); input()"
+WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
+
+
+def row(number, name, unit, ours, reference, against, goal=None, limit=None):
+    """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median."""
+    ratios = [mine / other for mine, other in zip(ours, reference)]
+    middle = {"ours": statistics.median(ours), "reference": statistics.median(reference)}
+    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    met = None
+    if goal is not None or limit is not None:
+        met = (goal is None or ratio["median"] <= goal) and (limit is None or middle["ours"] <= limit)
+    about = {"row": number, "name": name, "unit": unit, "against": against, "n": len(ratios), **middle, "ratio": ratio}
+    return {**about, "goal": goal, "limit": limit, "met": met, "samples": {"ours": ours, "reference": reference}}
+
+
+class Bench:
+    """The rows by name; each method measures, and returns its lines of the table."""
+
+    def __init__(self, suite, pairs):
+        self.suite, self.pairs, self.notes = suite, pairs, {}
+        self.dataset, self.archive = None, suite.root / "cifar-10-python.tar.gz"
+
+    def prepare(self):
+        """Make the archive and the shards of 10 clients."""
+        real = BUILD_ARCHIVE.exists()
+        self.dataset = "CIFAR10" if real else "Shapes10"
+        if real:
+            subprocess.run([sys.executable, BUILD_ARCHIVE, self.suite.root], check=True, timeout=300)
+        else:
+            self.suite.run("workers.py", "draw_archive", self.archive, timeout=300)
+        self.notes["data"] = "the real CIFAR-10" if real else "drawn shapes, since ../shared/cifar10 is not there"
+        self.partition()
+
+    def partition(self):
+        """Run partition.py on the archive: (seconds from its start to its end, MiB at its peak)."""
+        process = self.suite.start("partition.py", "--dataset", self.dataset, "--source", self.archive)
+        peak = 0.0
+        while process.popen.poll() is None:
+            peak = max(peak, memory_of(process.pid))
+            time.sleep(0.005)
+        seconds = time.monotonic() - process.started
+        if process.wait() != 0:
+            raise RuntimeError("partition.py failed")
+        return seconds, peak
+
+    def epoch(self):
+        seconds = self.suite.run("workers.py", "epochs", self.dataset, self.pairs, timeout=300)
+        tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
+        epoch = f"epoch of {seconds['num_fit']} images"
+        return [
+            row(1, epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
+            row(2, epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
+            row(2, whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
+        ]
+
+    def start(self):
+        """Client processes one after the other at one server, each beside processes that only import."""
+        suite = self.suite
+        server = suite.server("--dataset", self.dataset, "--num_clients", 1, "--num_rounds", 1000)
+        server.wait_for("round 1 to", 120)
+        names = "connected imported first_fit bare_fit client_mib empty_mib server_mib".split()
+        samples = {name: [] for name in names}
+
+        def run_client():
+            process = suite.client(0, "--dataset", self.dataset)
+            connected, _ = process.wait_for("connected to the server")
+            first_fit, _ = process.wait_for("fit_loss")
+            process.wait_for("fit_loss", count=2)  # so the first evaluate is over too
+            samples["client_mib"].append(memory_of(process.pid))
+            family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+            samples["server_mib"].append(sum(memory_of(member.pid) for member in family))
+            process.kill()
+            samples["connected"].append(connected)
+            samples["first_fit"].append(first_fit)
+
+        def run_imports():
+            process = suite.start("-c", "import client; print('imported')")
+            samples["imported"].append(process.wait_for("imported")[0])
+            process.kill()
+
+        def run_bare():
+            process = suite.start("workers.py", "bare_client", self.dataset)
+            samples["bare_fit"].append(process.wait_for("fit")[0])
+            process.kill()
+
+        def run_empty():
+            process = suite.start("-c", IMPORTS)
+            process.wait_for("imported")
+            samples["empty_mib"].append(memory_of(process.pid))
+            process.kill()
+
+        works = [run_client, run_imports, run_bare, run_empty]
+        for turn in range(self.pairs):
+            for work in works if turn % 2 else reversed(works):
+                work()
+        server.kill()
+        empty = "empty process with torch and flwr"
+        return [
+            row(3, "client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
+            row(3, "client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
+            row(3, "client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
+            row(3, "server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
+        ]
+
+    def rounds(self):
+        """Per number of clients, two servers that live side by side and run blocks of rounds in turn."""
+        rows, memory = [], {}
+        for num_clients, block in BLOCKS.items():
+            servers, clients = {}, []
+            for kind, port in (("ours", self.suite.port), ("plain", free_port())):
+                servers[kind] = self.suite.start("rounds.py", "server", kind, num_clients, port)
+                clients.append(self.suite.start("rounds.py", "clients", num_clients, port))
+            for server in servers.values():
+                server.ask(3)  # waits until all have joined, and warms up
+            wall, cpu = ({kind: [] for kind in servers} for _ in range(2))
+            for turn in range(self.pairs):
+                for kind in list(servers) if turn % 2 else reversed(servers):
+                    time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
+                    answer = servers[kind].ask(block)
+                    wall[kind].append(answer["seconds"] / block * 1000)
+                    cpu[kind].append(answer["cpu_seconds"] / block * 1000)
+            for kind, server in servers.items():
+                server.popen.stdin.close()
+                memory.setdefault(num_clients, {})[kind] = json.loads(server.wait_for("peak_mib")[1])
+            for process in [*servers.values(), *clients]:
+                process.kill()
+            name = f"round with {num_clients} idle clients"
+            rows.append(row(4, name, "ms", wall["ours"], wall["plain"], "Flower's Server, FedAvg", 1.3))
+            rows.append(row(4, f"{name}: server's CPU", "ms", cpu["ours"], cpu["plain"], "Flower's Server, FedAvg"))
+        self.notes["server_memory"] = memory
+        return rows
+
+    def whole(self):
+        """Rounds of a server and client processes: the whole round beside its slowest fit."""
+        suite, count = self.suite, self.pairs + 1
+        server = suite.server("--dataset", self.dataset, "--num_clients", WHOLE_CLIENTS, "--num_rounds", count)
+        arguments = ["--server_port", suite.port, "--num_threads", 1, "--dataset", self.dataset]
+        clients = [suite.start("workers.py", "timed_client", *arguments, "--cid", cid) for cid in range(WHOLE_CLIENTS)]
+        server.wait(300)
+        for client in clients:
+            client.wait(30)
+        seconds = {"fit": [], "evaluate": []}
+        for name, rounds in seconds.items():
+            told = [[line for _, line in client.lines if line.startswith(f'{{"{name}"')] for client in clients]
+            rounds.extend(max(float(line.split()[1].rstrip("}")) for line in lines) for lines in zip(*told))
+        whole = [float(line["round_seconds"]) for line in suite.history(self.dataset)]
+        fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
+        both = [sum(pair) for pair in zip(fit, evaluate)]
+        name = f"whole round, {WHOLE_CLIENTS} client processes"
+        return [
+            row(5, name, "s", whole[1:], fit, "its slowest fit", 1.05),
+            row(5, name, "s", whole[1:], both, "slowest fit + slowest evaluate", 1.05),
+        ]
+
+    def images(self):
+        samples = {name: [] for name in ("ours", "plain", "ours_mib", "plain_mib")}
+        count = 0
+
+        def ours():
+            seconds, mib = self.partition()
+            samples["ours"].append(seconds)
+            samples["ours_mib"].append(mib)
+
+        def plain():
+            nonlocal count
+            folder = self.suite.root / "plain"
+            answer = self.suite.run("workers.py", "save_arrays", self.archive, folder)
+            subprocess.run(["rm", "-rf", folder], check=True)
+            samples["plain"].append(answer["seconds"])
+            samples["plain_mib"].append(answer["mib"])
+            count = answer["images"]
+
+        for turn in range(self.pairs):
+            for work in (ours, plain) if turn % 2 else (plain, ours):
+                work()
+        self.notes["images_per_second"] = {
+            "ours": count / statistics.median(samples["ours"]),
+            "np.save": count / statistics.median(samples["plain"]),
+        }
+        plain = "np.save of the same arrays"
+        return [
+            row(6, f"partition.py, {count} images", "s", samples["ours"], samples["plain"], plain, 1.3),
+            row(6, "partition.py: peak memory", "MiB", samples["ours_mib"], samples["plain_mib"], plain, limit=700),
+        ]
+
+    def memory(self):
+        rows = []
+        for num_clients in BLOCKS:
+            mib = self.suite.run("workers.py", "aggregation_memory", num_clients, self.pairs)
+            name = f"server: memory of {num_clients} results"
+            rows.append(row(7, name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
+        return rows
+
+    def wire(self):
+        """Bytes a round between a client and its server, counted by a proxy: TCP payload, with the handshake's."""
+        suite, sent = self.suite, {"to the client": 0, "to the server": 0}
+        shapes = ["--dataset", "Shapes10", "--num_clients"]
+        suite.run("partition.py", *shapes, 100)
+        server = suite.server(*shapes, 1, "--num_rounds", WIRE_ROUNDS)
+        server.wait_for("round 1 to")
+
+        def carry(source, target, name):
+            with contextlib.suppress(OSError):  # one side is gone
+                while data := source.recv(1 << 16):
+                    sent[name] += len(data)
+                    target.sendall(data)
+                target.shutdown(socket.SHUT_WR)
+
+        def accept(listener):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", suite.port))
+                for source, target, name in ((near, far, "to the server"), (far, near, "to the client")):
+                    threading.Thread(target=carry, args=(source, target, name), daemon=True).start()
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        client = suite.client(0, *shapes[:2], port=listener.getsockname()[1])
+        server.wait(120)
+        client.wait(30)
+        size = suite.run("workers.py", "parameter_bytes")["bytes"]
+        # Down go the parameters twice a round, to fit and to evaluate; up they go once.
+        down, up = (sent[name] / WIRE_ROUNDS for name in ("to the client", "to the server"))
+        self.notes["wire"] = {"parameters": size, "down_per_round": down, "up_per_round": up, "rounds": WIRE_ROUNDS}
+        print(
+            f"wire: parameters {size:,} bytes; a round and client {down:,.0f} bytes down ({down / size:.3f} times), "
+            f"{up:,.0f} up ({up / size:.3f} times)"
+        )
+        return []
+
+
+ROWS = ["epoch", "start", "rounds", "whole", "images", "memory", "wire"]
+
+
+def goal_of(line):
+    goals = [f"≤ {line['goal']:.2f}"] if line["goal"] is not None else []
+    goals += [f"≤ {line['limit']} {line['unit']}"] if line["limit"] is not None else []
+    return ", ".join(goals)
+
+
+def print_table(rows):
+    verdicts = {True: "met", False: "MISSED", None: ""}
+    print(f"{'':2}  {'what':42} {'ours':>9}  {'reference':>9}  {'ratio':>6} {'min … max':>14}   n  goal")
+    for line in rows:
+        ratio = line["ratio"]
+        print(
+            f"{line['row']:2}  {line['name']:42} {line['ours']:9.3f}  {line['reference']:9.3f}  {ratio['median']:6.3f}"
+            f" {ratio['min']:6.3f} … {ratio['max']:5.3f} {line['n']:3}  {goal_of(line)} {verdicts[line['met']]}\n"
+            f"{'':6}in {line['unit']}, against {line['against']}",
+            flush=True,
+        )
+
+
+def draw(path, rows, about):
+    """The ratios with their spread, and the goals, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(rows):
+        ratio, colour = line["ratio"], {True: "tab:green", False: "tab:red", None: "tab:gray"}[line["met"]]
+        axes.plot([ratio["min"], ratio["max"]], [place, place], "-", color=colour, linewidth=5, alpha=0.35)
+        axes.plot(ratio["median"], place, "o", color=colour)
+        if line["goal"] is not None:
+            axes.plot(line["goal"], place, "|", color="black", markersize=16, markeredgewidth=2)
+    axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [f"{line['row']}  {line['name']}, against {line['against']}" for line in rows])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("ours / reference, logarithmic: median (dot), least to greatest (bar), goal (black mark)")
+    axes.set_title(f"{about['cpu']}, {about['cores']} cores, {about['date'][:10]}; data: {about['data']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all, and write files)")
+    parser.add_argument("--pairs", type=int, default=7, help="alternating pairs a row (default: 7)")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - set(ROWS):
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    leave_on_signals()
+    about, rows, started = about_this_run(), [], time.monotonic()
+    with Suite() as suite:
+        bench = Bench(suite, args.pairs)
+        if set(args.rows or ROWS) - {"memory", "wire", "rounds"}:
+            bench.prepare()
+        for name in args.rows or ROWS:
+            begun = time.monotonic()
+            rows += (measured := getattr(bench, name)())
+            print(f"[{name}: {time.monotonic() - begun:.0f} s]")
+            print_table(measured)
+    about.update(bench.notes, threads=1, pairs=args.pairs, seconds=round(time.monotonic() - started))
+    print()
+    print_table(rows)
+    print(f"{about['seconds']} s in all; {about}")
+    if not args.rows:
+        write_json(HERE / "results.json", {**about, "rows": rows})
+        draw(HERE / "results.png", rows, about)
+
+
+if __name__ == "__main__":
+    main()

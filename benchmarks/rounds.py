@@ -1,0 +1,126 @@
+"""Row 4 of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run by bench.py, as
+
+    python benchmarks/rounds.py server ours NUM_CLIENTS PORT     (or `plain` for Flower's Server and FedAvg)
+    python benchmarks/rounds.py clients NUM_CLIENTS PORT
+
+A server reads a number from its input, runs that many rounds of fit and evaluate, and prints the seconds that they
+took; at the end of its input it prints its memory. Clients are threads that answer at once.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+
+from libs import CKPS, quiet_flower, torch
+
+import grpc
+from common import memory_of
+from flwr.client import NumPyClient, start_client
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerConfig, start_server
+from flwr.server import strategy as flower
+
+from nets import Net, fingerprint, get_arrays
+
+MANY = 10**6  # rounds, more than are ever asked for
+DATASET = "bench"
+
+
+class Gate:
+    """Mixed into a strategy: rounds run only as they are asked for, and are timed."""
+
+    gate_left = 0
+
+    def configure_fit(self, server_round, parameters, client_manager):
+        if self.gate_left == 0:
+            line = sys.stdin.readline()
+            if not line:
+                print(json.dumps({"peak_mib": memory_of("self"), "before_mib": self.gate_before}), flush=True)
+                os._exit(0)
+            self.gate_left = int(line)
+            self.gate_opened, self.gate_cpu = time.perf_counter(), time.process_time()
+        return super().configure_fit(server_round, parameters, client_manager)
+
+    def aggregate_evaluate(self, server_round, results, failures):
+        assert not failures, failures
+        result = super().aggregate_evaluate(server_round, results, failures)
+        self.gate_left -= 1
+        if self.gate_left == 0:
+            seconds, cpu = time.perf_counter() - self.gate_opened, time.process_time() - self.gate_cpu
+            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}), flush=True)
+        return result
+
+
+def serve(kind, num_clients, port):
+    torch.manual_seed(0)
+    model = Net(3, 10)
+    numbers = {
+        "min_fit_clients": num_clients,
+        "min_evaluate_clients": num_clients,
+        "min_available_clients": num_clients,
+    }
+    parts = {}
+    if kind == "plain":
+        initial = ndarrays_to_parameters(get_arrays(model))
+        parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
+    else:
+        import server
+        import strategies
+
+        run, _ = server.start_wandb(DATASET, None, {})
+        ours = type("Ours", (Gate, strategies.FedAvg), {})
+        path = CKPS / DATASET / "server.ptl"
+        parts["strategy"] = ours(
+            model, path, about={"dataset": DATASET, "wandb_run_id": run.id}, log=run.log, **numbers
+        )
+        expected = {"dataset": DATASET, "net": type(model).__name__, "fingerprint": fingerprint(model)}
+        registry = server.Registry(num_clients, expected)
+        parts["server"] = server.Server(registry, parts["strategy"], num_clients)
+    parts["strategy"].gate_before = memory_of("self", "VmRSS")
+    start_server(server_address=f"127.0.0.1:{port}", config=ServerConfig(num_rounds=MANY), **parts)
+
+
+class Echo(NumPyClient):
+    """A client that has what server.Registry asks for, and gives back what it gets."""
+
+    def __init__(self, cid, print_of_net):
+        self.properties = {"cid": cid, "device_id": f"{cid:032x}", "dataset": DATASET, "net": Net.__name__}
+        self.properties.update(fingerprint=print_of_net, num_fit=4000, num_eval=1000)
+
+    def get_properties(self, config):
+        return self.properties
+
+    def fit(self, parameters, config):
+        return parameters, 4000, {"fit_loss": 1.0, "fit_accuracy": 0.5, "eval_loss": 1.0, "eval_accuracy": 0.5}
+
+    def evaluate(self, parameters, config):
+        return 1.0, 1000, {"global_eval_loss": 1.0, "global_eval_accuracy": 0.5}
+
+
+def be_clients(num_clients, port):
+    print_of_net = fingerprint(Net(3, 10))
+
+    def stay(cid):
+        while True:
+            try:
+                return start_client(
+                    server_address=f"127.0.0.1:{port}", client=Echo(cid, print_of_net).to_client(), insecure=True
+                )
+            except grpc.RpcError:
+                time.sleep(0.2)  # the server is not up yet
+
+    for cid in range(num_clients):
+        threading.Thread(target=stay, args=(cid,), daemon=True).start()
+    sys.stdin.read()  # to its end, which is that of bench.py
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    quiet_flower()
+    if sys.argv[1] == "server":
+        serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        be_clients(int(sys.argv[2]), int(sys.argv[3]))

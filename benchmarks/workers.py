@@ -1,0 +1,296 @@
+"""What bench.py measures in processes of its own, ours beside the references; run by bench.py, as
+
+    python benchmarks/workers.py NAME [ARGUMENT ...]
+
+Each prints JSON. The references are the bare training loop, the way most tutorials read and train, an empty process
+that imports torch and flwr, plain np.save, and Flower's own FedAvg.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from libs import CKPS, DATASETS, cv2, nn, np, torch
+
+from common import memory_of
+
+
+def alternate(pairs, **works):
+    """Time each of `works` in turn, `pairs` times, every other time in reverse order: {name: [seconds, …]}."""
+    seconds = {name: [] for name in works}
+    for turn in range(pairs + 1):  # the first is for warming up
+        for name in list(works) if turn % 2 else reversed(works):
+            gc.collect()
+            started = time.perf_counter()
+            works[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows 1 and 2: an epoch, and a whole fit call.
+
+
+def bare_epoch(images, labels, model, optimizer):
+    """The least that training takes: index, float, forward, backward, step."""
+    model.train()
+    loss_fn = nn.CrossEntropyLoss()
+    for indices in torch.randperm(len(images)).split(32):
+        loss = loss_fn(model(images[indices].float() / 255), labels[indices])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class TutorialDataset(torch.utils.data.Dataset):
+    """An image is read from its file, resized and divided whenever it is asked for."""
+
+    def __init__(self, df, data_path):
+        self.df, self.data_path = df, data_path
+
+    def __len__(self):
+        return len(self.df)
+
+    def __getitem__(self, index):
+        row = self.df.iloc[index]
+        image = np.load(f"{self.data_path}/{row['id']}.npy")
+        image = cv2.resize(image, (32, 32)) / 255
+        return torch.tensor(image.transpose(2, 0, 1)).float(), int(row["label"])
+
+
+def tutorial_pass(loader, model, optimizer=None):
+    """A pass with the sums read back after each batch."""
+    model.train(optimizer is not None)
+    loss_fn = nn.CrossEntropyLoss()
+    running_loss, running_hits = 0.0, 0.0
+    with torch.set_grad_enabled(optimizer is not None):
+        for images, labels in loader:
+            logits = model(images)
+            loss = loss_fn(logits, labels)
+            if optimizer is not None:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            running_loss += loss.item() * images.size(0)
+            running_hits += torch.sum(torch.max(logits, 1)[1] == labels).item()
+    return running_loss / len(loader.dataset), running_hits / len(loader.dataset)
+
+
+def epochs(dataset, pairs):
+    """Seconds for the training pass alone and for the whole fit call with eval and checkpoint; ours, bare, tutorial."""
+    from client import load_shard
+    from data import read_table
+    from engines import client_fit_fn, run_epoch
+    from nets import Net
+
+    loaders, info = load_shard(dataset, 0, "cpu")
+    folder = DATASETS / dataset
+    table = read_table(folder / "clients" / "client_0.csv", len(info["classes"]), ("fit", "eval"))
+    shards = {phase: TutorialDataset(table[table["phase"] == phase], folder / "train") for phase in ("fit", "eval")}
+    tutorial = {
+        "fit": torch.utils.data.DataLoader(shards["fit"], 32, shuffle=True),
+        "eval": torch.utils.data.DataLoader(shards["eval"], 64),
+    }
+    fit_set = loaders["fit"].dataset
+    checkpoint = CKPS / dataset / "bench.ptl"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = Net(info["channels"], len(info["classes"]))
+        return model, torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def ours_epoch():
+        model, optimizer = fresh()
+        run_epoch(loaders["fit"], model, "cpu", optimizer)
+
+    def bare():
+        bare_epoch(fit_set.images, fit_set.labels, *fresh())
+
+    def tutorial_epoch():
+        tutorial_pass(tutorial["fit"], *fresh())
+
+    def ours_fit():
+        client_fit_fn(loaders, fresh()[0], save_ckp_path=checkpoint)
+
+    def tutorial_fit():
+        model, optimizer = fresh()
+        tutorial_pass(tutorial["fit"], model, optimizer)
+        tutorial_pass(tutorial["eval"], model)
+        torch.save(model.state_dict(), checkpoint)
+
+    works = [ours_epoch, bare, tutorial_epoch, ours_fit, tutorial_fit]
+    sizes = {"num_fit": len(shards["fit"]), "num_eval": len(shards["eval"])}
+    return {**alternate(pairs, **{work.__name__: work for work in works}), **sizes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row 3: what the least client costs.
+
+
+def bare_client(dataset):
+    """Imports, reads a shard's .npy files and trains one bare epoch on it; says "fit" when it is done."""
+    import csv
+
+    import flwr.client  # noqa: F401 (a client cannot do without)
+
+    from nets import Net
+
+    with open(DATASETS / dataset / "clients" / "client_0.csv") as file:
+        rows = list(csv.DictReader(file))
+    images = {phase: [] for phase in ("fit", "eval")}
+    labels = {phase: [] for phase in ("fit", "eval")}
+    for row in rows:
+        images[row["phase"]].append(np.load(DATASETS / dataset / "train" / f"{row['id']}.npy").transpose(2, 0, 1))
+        labels[row["phase"]].append(int(row["label"]))
+    images = {phase: torch.from_numpy(np.stack(images[phase])) for phase in images}
+    labels = {phase: torch.tensor(labels[phase]) for phase in labels}
+    model = Net(3, 10)
+    bare_epoch(images["fit"], labels["fit"], model, torch.optim.Adam(model.parameters(), lr=1e-3))
+    model.eval()
+    with torch.no_grad():
+        for part in images["eval"].split(64):
+            model(part.float() / 255)
+    return {"fit": True}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row 5: client.py itself, with the seconds of each fit and evaluate.
+
+
+def timed_client(*args):
+    """Run client.py with `args`; prints {"fit": seconds} or {"evaluate": seconds} after each."""
+    from libs import run_script
+
+    import client
+
+    def timed(name, method):
+        def call(self, parameters, config):
+            started = time.monotonic()
+            result = method(self, parameters, config)
+            print(json.dumps({name: time.monotonic() - started}), flush=True)
+            return result
+
+        return call
+
+    client.Client.fit = timed("fit", client.Client.fit)
+    client.Client.evaluate = timed("evaluate", client.Client.evaluate)
+    sys.argv = ["client.py", *args]
+    run_script(client.main)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row 6: writing images.
+
+
+def save_arrays(archive, folder):
+    """Seconds of plain np.save of all images of the archive, one a file; reading the archive is not counted."""
+    from partition import read_archive
+
+    _, _, splits = read_archive(Path(archive))
+    arrays = {split: [image for image, _ in images] for split, _, images in splits}
+    started = time.perf_counter()
+    for split, images in arrays.items():
+        os.makedirs(f"{folder}/{split}")
+        for index, image in enumerate(images):
+            np.save(f"{folder}/{split}/{index}.npy", image)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "images": sum(map(len, arrays.values())), "mib": memory_of("self")}
+
+
+def draw_archive(path):
+    """Write drawn shapes in the layout of cifar-10-python.tar.gz, where the real images are not at hand."""
+    import io
+    import pickle
+    import tarfile
+
+    from partition import draw_shapes
+
+    classes, _, splits = draw_shapes(50000, 10000)
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+
+        def add(name, what):
+            payload = pickle.dumps(what, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+
+        for split, count, images in splits:
+            size = count // 5 if split == "train" else count
+            for number in range(1, count // size + 1):
+                batch = [next(images) for _ in range(size)]
+                data = np.stack([image.transpose(2, 0, 1).reshape(-1) for image, _ in batch])
+                name = f"data_batch_{number}" if split == "train" else "test_batch"
+                add(name, {b"data": data, b"labels": [label for _, label in batch]})
+        add("batches.meta", {b"label_names": [name.encode() for name in classes]})
+    return {"classes": list(classes)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Row 7: memory of N results and their aggregation.
+
+
+def aggregation_memory(num_clients, pairs):
+    """MiB that N results and their aggregation add at the peak, ours and Flower's, each in a forked process."""
+    from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
+    from flwr.server import strategy
+
+    import strategies
+    from nets import Net, get_arrays
+
+    torch.manual_seed(0)
+    model = Net(3, 10)
+    arrays = get_arrays(model)
+    metrics = dict.fromkeys(strategies.FIT_METRICS, 0.5)
+    (CKPS / "bench").mkdir(parents=True, exist_ok=True)
+
+    def aggregate(make):
+        averager = make()
+        before = memory_of("self", "VmRSS")
+        results = [
+            (SimpleNamespace(cid=str(cid)), FitRes(Status(Code.OK, ""), ndarrays_to_parameters(arrays), 4000, metrics))
+            for cid in range(num_clients)
+        ]
+        assert averager.aggregate_fit(1, results, [])[0] is not None
+        return memory_of("self") - before
+
+    def in_fork(make):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            with os.fdopen(writer, "w") as file:
+                file.write(str(aggregate(make)))
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as file:
+            answer = file.read()
+        os.waitpid(pid, 0)
+        return float(answer)
+
+    works = {
+        "ours": lambda: strategies.FedAvg(model, CKPS / "bench" / "server.ptl"),
+        "flower": lambda: strategy.FedAvg(fit_metrics_aggregation_fn=strategies.metrics_aggregation_fn),
+    }
+    mib = {name: [] for name in works}
+    for turn in range(pairs):
+        for name in list(works) if turn % 2 else reversed(works):
+            mib[name].append(in_fork(works[name]))
+    return mib
+
+
+def parameter_bytes():
+    """Bytes of the parameters and buffers of the net that the suite trains."""
+    from nets import Net, get_arrays
+
+    return {"bytes": sum(array.nbytes for array in get_arrays(Net(3, 10)))}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = [int(text) if text.isdigit() and sys.argv[1] != "timed_client" else text for text in sys.argv[2:]]
+    print(json.dumps(globals()[sys.argv[1]](*arguments)), flush=True)

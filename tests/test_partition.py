@@ -1,0 +1,645 @@
+"""partition.py: each image goes to one shard, as it was, from every kind of source; and nothing is ever half done."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+from libs import UserError
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Suite, free_port
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import partition
+from nets import LeNet5
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs partition.py in this process, with a datasets/ folder of the test's own; gives the dataset's folder."""
+    monkeypatch.setattr(partition, "DATASETS", tmp_path / "datasets")
+
+    def make(dataset, *args):
+        monkeypatch.setattr(sys, "argv", ["partition.py", "--dataset", dataset, *map(str, args)])
+        partition.main()
+        return tmp_path / "datasets" / dataset
+
+    return make
+
+
+def tree(folder):
+    """What lies under `folder`, hidden or not: {relative path: bytes, or None for a folder}."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def shards(folder):
+    """The tables of all clients, by cid."""
+    count = len(list((folder / "clients").iterdir()))
+    return [pd.read_csv(folder / "clients" / f"client_{cid}.csv") for cid in range(count)]
+
+
+def images(folder, split):
+    """All images of a split and their labels from the CSVs: [(label, array)]."""
+    table = pd.concat(shards(folder)) if split == "train" else pd.read_csv(folder / "test.csv")
+    assert len(table) == len(list((folder / split).iterdir()))
+    return [(row.label, np.load(folder / split / f"{row.id}.npy")) for row in table.itertuples()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards.
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet"])
+@pytest.mark.parametrize("num_clients", [1, 7, 300])
+def test_each_training_image_is_in_one_shard_and_shards_are_equal(make, shapes_zip, num_clients, scheme):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", num_clients, "--partition", scheme)
+    tables = shards(folder)
+    assert len(tables) == num_clients
+    assert sorted(pd.concat(tables)["id"]) == list(range(600))
+    sizes = {len(table) for table in tables}
+    assert max(sizes) - min(sizes) == (600 % num_clients > 0)
+    for table in tables:
+        assert list(table.columns) == ["id", "label", "phase"]
+        assert set(table["phase"]) == {"fit", "eval"}
+    test = pd.read_csv(folder / "test.csv")
+    assert list(test.columns) == ["id", "label"] and sorted(test["id"]) == list(range(100))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.25, 0.9, 0.999])
+def test_eval_fraction_of_each_shard_is_for_evaluation(make, shapes_zip, fraction):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 7, "--eval_fraction", fraction)
+    for table in shards(folder):
+        count = (table["phase"] == "eval").sum()
+        assert abs(count - fraction * len(table)) <= 0.5 or count in (1, len(table) - 1)
+
+
+def test_same_seed_gives_the_same_bytes_in_another_process(make, shapes_zip, three_shards):
+    assert tree(make("Tiny", "--source", shapes_zip, "--num_clients", 3)) == tree(three_shards / "Tiny")
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet"])
+def test_seed_decides_on_the_shuffle_alone(make, shapes_zip, scheme):
+    def run(seed):
+        return tree(make("Tiny", "--source", shapes_zip, "--partition", scheme, "--seed", seed, "--bundles"))
+
+    first, second, other = run(1), run(1), run(2)
+    assert first == second
+    assert first.keys() == other.keys()
+    changed = {name for name in first if first[name] != other[name]}
+    names = {f"clients/client_{cid}.csv" for cid in range(10)} | {f"bundles/client_{cid}.tar" for cid in range(10)}
+    assert changed == names | {"dataset.json"}
+
+
+def test_iid_shards_have_all_classes_though_the_source_is_sorted_by_class(make, shapes_zip):
+    for table in shards(make("Tiny", "--source", shapes_zip, "--num_clients", 5)):
+        for phase in ("fit", "eval"):
+            assert table["label"][table["phase"] == phase].nunique() >= 8
+
+
+def test_dirichlet_is_the_more_skewed_the_smaller_alpha(make, shapes_zip):
+    distances = []
+    for alpha in (0.05, 1, 10, 1e6):
+        args = ("--num_clients", 5, "--partition", "dirichlet", "--alpha", alpha)
+        mixes = [
+            np.bincount(table["label"], minlength=10) / 120
+            for table in shards(make("Tiny", "--source", shapes_zip, *args))
+        ]
+        distances.append(np.mean([np.abs(mix - 0.1).sum() / 2 for mix in mixes]))  # total variation distance
+    assert all(more > less + 0.05 for more, less in zip(distances, distances[1:])), distances
+    assert distances[0] > 0.6 and distances[-1] < 0.17  # 120 draws from ten equal classes lie near 0.11
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(1, 4).flatmap(lambda classes: st.lists(st.integers(0, classes - 1), min_size=2, max_size=200)),
+    st.integers(1, 100),
+    st.floats(-6, 6).map(lambda exponent: 10**exponent),
+    st.integers(0, 2**32 - 1),
+)
+def test_dirichlet_keeps_its_promises_for_any_labels_and_alpha(labels, num_clients, alpha, seed):
+    labels = np.array(labels)
+    num_clients = min(num_clients, len(labels) // 2)
+    parts = partition.split_dirichlet(labels, num_clients, np.random.RandomState(seed), alpha)
+    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == num_clients and min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+
+
+def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, shapes_zip):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--eval_fraction", 0.25, "--seed", 7)
+    info = json.loads((folder / "dataset.json").read_text())
+    assert hashlib.md5(shapes_zip.read_bytes()).hexdigest() in info.pop("checksum")
+    assert info == {
+        "dataset": "Tiny",
+        "classes": "bar circle cross diamond hexagon ring sector square star triangle".split(),
+        "channels": 3,
+        "image_size": [32, 32],
+        "num_train": 600,
+        "num_test": 100,
+        "num_clients": 3,
+        "partition": "iid",
+        "alpha": None,
+        "eval_fraction": 0.25,
+        "seed": 7,
+        "source": str(shapes_zip),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Archives in CIFAR-10's layout.
+
+
+def test_real_images_arrive_as_an_independent_reader_sees_them(make, cifar10, tmp_path):
+    subprocess.run([sys.executable, cifar10 / "build_archive", tmp_path, "20"], check=True, timeout=60)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    folder = make("CIFAR10", "--source", archive, "--num_clients", 3)
+    with tarfile.open(archive) as tar:
+        members = {Path(member.name).name: pickle.load(tar.extractfile(member), encoding="bytes") for member in tar}
+    for split, names in (("train", [f"data_batch_{k}" for k in range(1, 6)]), ("test", ["test_batch"])):
+        expected = []
+        for name in names:
+            for label, row in zip(members[name][b"labels"], members[name][b"data"]):
+                expected.append((label, np.dstack([row[:1024], row[1024:2048], row[2048:]]).reshape(32, 32, 3)))
+        written = images(folder, split)
+        assert {(image.dtype, image.shape) for _, image in written} == {(np.dtype(np.uint8), (32, 32, 3))}
+        assert len(expected) == {"train": 200, "test": 40}[split]
+        assert sorted((label, image.tobytes()) for label, image in written) == sorted(
+            (label, image.tobytes()) for label, image in expected
+        )
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["classes"] == "airplane automobile bird cat deer dog frog horse ship truck".split()
+    assert info["channels"] == 3 and info["image_size"] == [32, 32]
+
+
+def write_archive(path, **members):
+    """A small archive in CIFAR-10's layout, with random images; `members` adds pickles or replaces some of its own."""
+    rng = np.random.RandomState(0)
+    content = {"batches.meta": pickle.dumps({b"label_names": [b"cat", b"dog"]}, protocol=2)}
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        batch = {b"data": rng.randint(0, 256, (4, 3072)).astype(np.uint8), b"labels": [0, 1, 0, 1]}
+        content[name] = pickle.dumps(batch, protocol=2)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, payload in {**content, **members}.items():
+            member = tarfile.TarInfo(name if "/" in name else f"cifar-10-batches-py/{name}")
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    return path
+
+
+class Evil:
+    """Calls what it was given when it is unpickled."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def evil_pickle(kind, path):
+    """A pickle that makes the file `path`."""
+    code = f"open({str(path)!r}, 'w')"
+    if kind == "system":
+        return pickle.dumps(Evil(os.system, (f"touch {path}",)), protocol=2)
+    if kind == "eval":
+        return pickle.dumps({b"data": Evil(eval, (code,)), b"labels": [0]}, protocol=2)
+    return b"cnumpy.testing\nrundocs\n0" + pickle.dumps(Evil(exec, (code,)), protocol=2)  # through an admitted package
+
+
+@pytest.mark.parametrize("kind", ["system", "eval", "numpy"])
+@pytest.mark.parametrize("member", ["data_batch_1", "batches.meta"])
+def test_pickle_that_runs_code_is_refused(make, tmp_path, kind, member):
+    bait = tmp_path / "bait"
+    payload = evil_pickle(kind, bait)
+    archive = write_archive(tmp_path / "evil.tar.gz", **{member: payload})
+    with pytest.raises(UserError, match="evil.tar.gz"):
+        make("Evil", "--source", archive, "--num_clients", 2)
+    assert not bait.exists() and tree(tmp_path / "datasets") == {}
+    pickle.loads(payload)  # the bait is a real one
+    assert bait.exists()
+
+
+def test_pickle_that_runs_code_ends_the_script_with_2(suite):
+    archive = write_archive(suite.root / "evil.tar.gz", data_batch_1=evil_pickle("system", suite.root / "bait"))
+    process = suite.run("partition.py", "--dataset", "Evil", "--source", archive, "--num_clients", 2)
+    assert process.popen.returncode == 2 and process.err.count("\n") == 1 and "evil.tar.gz" in process.err
+    assert not (suite.root / "bait").exists()
+
+
+def outside(folder):
+    return {name: content for name, content in tree(folder).items() if Path(name).parts[0] != "datasets"}
+
+
+def test_archive_with_paths_that_lead_out_writes_nothing_outside(make, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    names = ["../out.npy", "../../../out.npy", "cifar-10-batches-py/../../out.npy", f"{work}/out.npy"]
+    archive = write_archive(work / "a.tar.gz", **dict.fromkeys(names, b"x"))
+    before = outside(tmp_path)
+    folder = make("Paths", "--source", archive, "--num_clients", 2)
+    assert outside(tmp_path) == before
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["Paths"]
+    assert len(images(folder, "train")) == 20
+
+
+def test_zip_with_paths_that_lead_out_writes_nothing_outside(make, tmp_path, shapes_zip):
+    work = tmp_path / "work"
+    work.mkdir()
+    source = work / "evil.zip"
+    shutil.copy(shapes_zip, source)
+    png = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+    with zipfile.ZipFile(source, "a") as archive:
+        for name in ("../out.png", "train/../out.png", "train/bar/../../../out.png", f"{work}/out.png"):
+            archive.writestr(name, png)
+    before = outside(tmp_path)
+    with contextlib.suppress(UserError):  # to take the rest or to refuse it all are both fine
+        make("Paths", "--source", source, "--num_clients", 2)
+    assert outside(tmp_path) == before
+    assert {path.name for path in (tmp_path / "datasets").iterdir()} <= {"Paths"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and zips of images. Each image has a size of its own, by which it is found again.
+
+
+def write_pictures(folder, extension, mode="RGB", **options):
+    """Images of two classes as train/<class>/* and test/<class>/*: {(height, width): (split, class, PIL's pixels)}."""
+    rng = np.random.RandomState(0)
+    expected = {}
+    for number, (split, name) in enumerate((s, c) for s in ("train", "test") for c in ("zebra", "ant") for _ in "123"):
+        small = rng.randint(0, 256, (4, 4, 3)).astype(np.uint8)
+        size = (20 + number, 40 - number)
+        picture = Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC).convert(mode)
+        path = folder / split / name / f"{number}.{extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, **options)
+        with Image.open(path) as reread:
+            expected[size] = split, name, np.array(reread.convert("L" if mode == "L" else "RGB"))
+    return expected
+
+
+def zipped(folder):
+    return Path(shutil.make_archive(str(folder), "zip", folder))
+
+
+def check_pictures(folder, expected, tolerance=0):
+    info = json.loads((folder / "dataset.json").read_text())
+    assert info["classes"] == ["ant", "zebra"] and info["image_size"] is None
+    found = 0
+    for split in ("train", "test"):
+        for label, image in images(folder, split):
+            expected_split, name, pixels = expected[image.shape[:2]]
+            assert (split, info["classes"][label]) == (expected_split, name)
+            assert image.dtype == np.uint8 and image.shape == pixels.shape
+            assert np.abs(image.astype(int) - pixels).max() <= tolerance
+            found += 1
+    assert found == len(expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("extension, mode", [("png", "RGB"), ("bmp", "RGB"), ("png", "P"), ("png", "RGBA")])
+def test_lossless_images_arrive_with_the_pixels_that_pil_reads(make, tmp_path, extension, mode, packed):
+    source = tmp_path / "pictures"
+    expected = write_pictures(source, extension, mode)
+    check_pictures(make("Pictures", "--source", zipped(source) if packed else source, "--num_clients", 2), expected)
+
+
+def test_jpegs_arrive_nearly_as_pil_reads_them(make, tmp_path):
+    expected = write_pictures(tmp_path / "pictures", "jpg", quality=95)
+    check_pictures(make("Pictures", "--source", tmp_path / "pictures", "--num_clients", 2), expected, tolerance=4)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_dataset_named_like_mnist_is_grey(make, tmp_path, packed):
+    source = tmp_path / "pictures"
+    expected = write_pictures(source, "png", "L")
+    folder = make("FashionMNIST", "--source", zipped(source) if packed else source, "--num_clients", 2)
+    check_pictures(folder, expected)
+    assert {image.ndim for _, image in images(folder, "train")} == {2}
+    assert json.loads((folder / "dataset.json").read_text())["channels"] == 1
+
+
+def test_grey_images_in_a_coloured_dataset_get_three_equal_channels(make, tmp_path):
+    expected = write_pictures(tmp_path / "pictures", "png", "L")
+    folder = make("Pictures", "--source", tmp_path / "pictures", "--num_clients", 2)
+    check_pictures(folder, {size: (*where, np.dstack([grey] * 3)) for size, (*where, grey) in expected.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads, from a server of our own.
+
+PAYLOAD = bytes(range(256)) * 1000
+MD5 = hashlib.md5(PAYLOAD).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        getattr(self, self.path[1:].replace(".", "_"))()
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, *headers, status=200):
+        self.send_response(status)
+        for header in headers or [("Content-Length", len(PAYLOAD))]:
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def whole(self):
+        self.answer(PAYLOAD)
+
+    def changed(self):
+        self.answer(b"x" + PAYLOAD[1:])
+
+    def short(self):
+        self.answer(PAYLOAD[: len(PAYLOAD) // 2])
+
+    def short_without_length(self):
+        self.answer(PAYLOAD[: len(PAYLOAD) // 2], ("Connection", "close"))
+
+    def short_chunked(self):
+        self.protocol_version = "HTTP/1.1"
+        self.answer(b"1000\r\n" + PAYLOAD[:0x1000] + b"\r\n1000\r\nabc", ("Transfer-Encoding", "chunked"))
+        self.close_connection = True
+
+    def reset(self):
+        self.answer(PAYLOAD[:1000])
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def stalls(self):
+        self.answer(PAYLOAD[:1000])
+        self.server.stop.wait(20)
+
+    def missing(self):
+        self.answer(PAYLOAD, status=404)
+
+    def archive_tar_gz(self):
+        self.answer(self.server.archive, ("Content-Length", len(self.server.archive)))
+
+
+@pytest.fixture
+def web():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.asked, server.stop = f"http://127.0.0.1:{server.server_port}", [], threading.Event()
+    server.handle_error = lambda *args: None  # of the connections that a test breaks
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_download_arrives_and_nothing_else(web, tmp_path):
+    partition.download(f"{web.url}/whole", tmp_path / "file", MD5)
+    assert tree(tmp_path) == {"file": PAYLOAD}
+
+
+@pytest.mark.parametrize(
+    "how", ["changed", "short", "short_without_length", "short_chunked", "reset", "stalls", "missing"]
+)
+def test_broken_download_leaves_nothing(web, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(partition, "STALL_TIMEOUT", 0.5)
+    with pytest.raises(UserError) as caught:
+        partition.download(f"{web.url}/{how}", tmp_path / "file", MD5)
+    assert tree(tmp_path) == {}
+    assert f"{web.url}/{how}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    assert partition.START_TIMEOUT <= 10
+    monkeypatch.setattr(partition, "START_TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        started = time.monotonic()
+        with pytest.raises(UserError, match="0.5 s"):
+            partition.download(f"http://127.0.0.1:{sock.getsockname()[1]}/", tmp_path / "file", MD5)
+        assert 0.4 < time.monotonic() - started < 3
+    assert tree(tmp_path) == {}
+
+
+def test_name_that_never_resolves_is_given_up(tmp_path, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(partition, "START_TIMEOUT", 0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: stop.wait(20) and [])
+    started = time.monotonic()
+    with pytest.raises(UserError, match="host.invalid"):
+        partition.download("http://host.invalid/", tmp_path / "file", MD5)
+    assert time.monotonic() - started < 3
+    stop.set()
+
+
+def test_refused_connection_is_given_up_at_once(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="refused"):
+        partition.download(f"http://127.0.0.1:{free_port()}/", tmp_path / "file", MD5)
+    assert time.monotonic() - started < 3
+    assert tree(tmp_path) == {}
+
+
+def test_cifar10_is_downloaded_once_and_then_taken_from_datasets(web, make, tmp_path, monkeypatch):
+    web.archive = write_archive(tmp_path / "a.tar.gz").read_bytes()
+    monkeypatch.setattr(partition, "CIFAR10_URL", f"{web.url}/archive.tar.gz")
+    monkeypatch.setattr(partition, "CIFAR10_MD5", hashlib.md5(web.archive).hexdigest())
+    for num_clients in (2, 5):
+        folder = make("CIFAR10", "--num_clients", num_clients)
+        assert len(shards(folder)) == num_clients and len(images(folder, "train")) == 20
+    assert web.asked == ["/archive.tar.gz"]
+    assert (tmp_path / "datasets" / "cifar-10-python.tar.gz").read_bytes() == web.archive
+
+
+def test_archive_in_datasets_that_is_not_the_official_one_is_refused(make, tmp_path):
+    path = tmp_path / "datasets" / "cifar-10-python.tar.gz"
+    path.parent.mkdir()
+    write_archive(path)  # readable, yet not the official bytes
+    before = tree(tmp_path / "datasets")
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz"):
+        make("CIFAR10", "--num_clients", 2)
+    assert tree(tmp_path / "datasets") == before
+    assert len(images(make("CIFAR10", "--source", path, "--num_clients", 2), "train")) == 20  # the user's own word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes10.
+
+
+def test_shapes10_is_always_the_same_and_of_ten_classes(make):
+    folder = make("Shapes10", "--num_clients", 4, "--seed", 1)
+    info = json.loads((folder / "dataset.json").read_text())
+    first = tree(folder)
+    second = tree(make("Shapes10", "--num_clients", 2, "--seed", 2))
+    npys = [name for name in first if name.endswith(".npy")]
+    assert len(npys) == info["num_train"] + info["num_test"] == 12000
+    assert all(first[name] == second[name] for name in npys)
+    assert len({first[name] for name in npys}) == len(npys)  # no image twice, so none of the test set in training
+    assert len(info["classes"]) == 10 and info["image_size"] == [32, 32] and info["channels"] == 3
+    assert set(pd.read_csv(folder / "test.csv")["label"].value_counts()) == {info["num_test"] // 10}
+    assert set(pd.concat(shards(folder))["label"].value_counts()) == {info["num_train"] // 10}
+
+
+def test_shapes10_is_learnt_in_a_few_epochs_and_not_in_one():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = {}
+    for split, _, drawn in partition.draw_shapes()[2]:
+        pictures, labels = zip(*drawn)
+        data[split] = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2) / 255, torch.tensor(labels)
+    model = LeNet5(3, 10)
+    optimizer = torch.optim.Adam(model.parameters())
+    accuracies = []
+    while len(accuracies) < 6 and max(accuracies, default=0) < 0.8:
+        model.train()
+        for indices in torch.randperm(len(data["train"][1])).split(32):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(data["train"][0][indices]), data["train"][1][indices]).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            accuracies.append((model(data["test"][0]).argmax(1) == data["test"][1]).float().mean().item())
+    torch.set_num_threads(threads)
+    assert 0.2 < accuracies[0] < 1 and accuracies[-1] >= 0.8, accuracies
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundles.
+
+
+def test_bundle_is_all_that_a_device_needs_and_nothing_else(make, shapes_zip, tmp_path):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--bundles")
+    assert sorted(path.name for path in (folder / "bundles").iterdir()) == [f"client_{cid}.tar" for cid in range(3)]
+    for cid, table in enumerate(shards(folder)):
+        with tarfile.open(folder / "bundles" / f"client_{cid}.tar") as tar:
+            content = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+            assert all(member.isfile() or member.isdir() for member in tar)
+        names = ["dataset.json", f"clients/client_{cid}.csv"] + [f"train/{image_id}.npy" for image_id in table["id"]]
+        assert content == {f"datasets/Tiny/{name}": (folder / name).read_bytes() for name in names}
+
+
+def test_bundle_unpacked_at_the_root_of_a_device_gives_its_shard(make, shapes_zip, tmp_path):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--bundles")
+    (tmp_path / "device").mkdir()
+    device = Suite(tmp_path / "device")
+    with tarfile.open(folder / "bundles" / "client_1.tar") as tar:
+        tar.extractall(device.root, filter="data")
+    code = f"""import sys; sys.path.insert(0, {str(device.root)!r})
+from client import load_shard
+loaders, info = load_shard("Tiny", 1, "cpu")
+for phase in ("fit", "eval"):
+    print(phase, int(loaders[phase].dataset.images.sum()), loaders[phase].dataset.labels.tolist())
+print(info["channels"], *info["classes"])"""
+    printed = device.run("-c", code)
+    table = shards(folder)[1]
+    lines = []
+    for phase in ("fit", "eval"):
+        rows = table[table["phase"] == phase]
+        total = sum(int(np.load(folder / "train" / f"{image_id}.npy").sum()) for image_id in rows["id"])
+        lines.append(f"{phase} {total} {rows['label'].tolist()}")
+    lines.append("3 bar circle cross diamond hexagon ring sector square star triangle")
+    assert printed.out.splitlines() == lines, printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running again.
+
+
+def test_running_again_leaves_nothing_of_the_former_partition(make, shapes_zip, tmp_path):
+    small = tmp_path / "small.zip"
+    with zipfile.ZipFile(shapes_zip) as old, zipfile.ZipFile(small, "w") as new:
+        for name in old.namelist()[::3]:
+            new.writestr(name, old.read(name))
+    make("Tiny", "--source", shapes_zip, "--num_clients", 9, "--bundles")
+    again = tree(make("Tiny", "--source", small, "--num_clients", 4))
+    shutil.rmtree(tmp_path / "datasets")
+    assert again == tree(make("Tiny", "--source", small, "--num_clients", 4))
+    assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["Tiny"]
+
+
+def test_running_again_into_a_linked_folder(make, shapes_zip, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "datasets").mkdir()
+    shutil.move(make("Tiny", "--source", shapes_zip, "--num_clients", 9), tmp_path / "disk" / "Tiny")
+    (tmp_path / "datasets" / "Tiny").symlink_to(tmp_path / "disk" / "Tiny")
+    for num_clients in (5, 4, 3):
+        folder = make("Tiny", "--source", shapes_zip, "--num_clients", num_clients)
+        assert len(shards(folder)) == num_clients
+    assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["Tiny"]
+
+
+def test_failing_run_leaves_the_former_partition_untouched(make, shapes_zip, tmp_path):
+    make("Tiny", "--source", shapes_zip, "--num_clients", 3)
+    before = tree(tmp_path / "datasets")
+    bad = tmp_path / "bad.zip"
+    shutil.copy(shapes_zip, bad)
+    with zipfile.ZipFile(bad, "a") as archive:
+        archive.writestr("test/triangle/zzz.png", "no image")  # the very last file that is read
+    with pytest.raises(UserError, match=r"test/triangle/zzz\.png"):
+        make("Tiny", "--source", bad, "--num_clients", 2)
+    with pytest.raises(UserError, match="601"):
+        make("Tiny", "--source", shapes_zip, "--num_clients", 601)
+    assert tree(tmp_path / "datasets") == before
+
+
+def test_stopped_run_leaves_the_former_partition_untouched(tiny):
+    shutil.move(tiny.root / "datasets" / "Tiny", tiny.root / "datasets" / "Shapes10")
+    before = tree(tiny.root / "datasets")
+    process = tiny.start("partition.py", "--dataset", "Shapes10")
+    until = time.monotonic() + 30
+    while tree(tiny.root / "datasets").keys() == before.keys() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM and process.err == ""
+    assert tree(tiny.root / "datasets") == before
+
+
+@pytest.mark.parametrize("how", ["itself", "inside", "linked", "dotted"])
+def test_source_inside_the_folder_to_replace_is_refused(make, shapes_zip, tmp_path, how):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3)
+    write_pictures(folder / "pictures", "png")
+    write_pictures(folder, "png")
+    (tmp_path / "link").symlink_to(folder / "pictures")
+    source = {
+        "itself": folder,
+        "inside": folder / "pictures",
+        "linked": tmp_path / "link",
+        "dotted": folder / "train" / ".." / "pictures",
+    }[how]
+    before = tree(tmp_path / "datasets")
+    with pytest.raises(UserError, match="--source"):
+        make("Tiny", "--source", source, "--num_clients", 2)
+    assert tree(tmp_path / "datasets") == before
+
+
+def test_folder_with_anything_else_in_it_is_refused(make, shapes_zip, tmp_path):
+    target = tmp_path / "datasets" / "Tiny"
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("years of work")
+    before = tree(tmp_path / "datasets")
+    with pytest.raises(UserError, match="Tiny"):
+        make("Tiny", "--source", shapes_zip, "--num_clients", 3)
+    assert tree(tmp_path / "datasets") == before

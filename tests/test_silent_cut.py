@@ -1,0 +1,210 @@
+"""The network goes away without a word, while a client waits, trains and sends: for real, in network namespaces.
+
+The server runs in one namespace and two clients in another; a pair of virtual cards joins them, and no address outside
+is used. Waiting times are shortened; `test_promised_times` holds the real ones against what is promised.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import Process
+from test_faults import ends, lines, new_suite, ordered, patched, play
+
+HEARTBEAT, SILENCE, ROUND_TIMEOUT = 1, 5, 12  # seconds
+
+
+class Network:
+    """Two namespaces, `server` and `clients`, with a cable between them."""
+
+    address = "10.254.0.1"
+
+    def __init__(self):
+        self.server, self.clients = f"fl-server-{os.getpid()}", f"fl-clients-{os.getpid()}"
+
+    def open(self):
+        for namespace in (self.server, self.clients):
+            self.ip("netns", "add", namespace)
+            self.ip("-n", namespace, "link", "set", "lo", "up")
+        self.ip("-n", self.server, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self.clients)
+        for namespace, address in ((self.server, self.address), (self.clients, "10.254.0.2")):
+            self.ip("-n", namespace, "address", "add", f"{address}/30", "dev", "cable")
+            self.ip("-n", namespace, "link", "set", "cable", "up")
+
+    def close(self):
+        for namespace in (self.server, self.clients):
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
+
+    def ip(self, *args):
+        subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
+
+    def cut(self):
+        self.ip("-n", self.server, "link", "set", "cable", "down")
+
+    def mend(self):
+        self.ip("-n", self.server, "link", "set", "cable", "up")
+        return time.monotonic()
+
+    def slow_down(self, rate):
+        """Let what clients send take its time."""
+        subprocess.run(
+            ["ip", "netns", "exec", self.clients, "tc", "qdisc", "add", "dev", "cable", "root"]
+            + ["tbf", "rate", rate, "burst", "16kb", "latency", "30s"],
+            check=True,
+            capture_output=True,
+        )
+
+    def speed_up(self):
+        command = ["ip", "netns", "exec", self.clients, "tc", "qdisc", "delete", "dev", "cable", "root"]
+        subprocess.run(command, check=True)
+
+    def sent(self):
+        """Bytes that clients have put on the cable."""
+        command = ["ip", "netns", "exec", self.clients, "cat", "/sys/class/net/cable/statistics/tx_bytes"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def network():
+    if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    network = Network()
+    try:
+        network.open()
+    except subprocess.CalledProcessError as error:
+        network.close()
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
+    yield network
+    network.close()
+
+
+def wait_until(what, condition, timeout=90):
+    """Wait until `condition()` is true; the seconds that it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, f"{what}: not within {timeout} s"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def cut(network, tmp_path_factory, three_shards):
+    """Three rounds of two clients over a cable that is cut three times, and what was seen of it."""
+    suite = new_suite(tmp_path_factory.mktemp("cut"), three_shards)
+    both, cut = {0: "", 1: ""}, {"suite": suite}
+
+    def start(namespace, *args):
+        command = ["ip", "netns", "exec", namespace, sys.executable, *map(str, args)]
+        process = Process(command, suite.root / f"process_{len(suite.processes)}", suite.env, "/")
+        suite.processes.append(process)
+        return process
+
+    def start_client(cid):
+        patch = ordered(suite) + f"script.SILENCE = {SILENCE}"
+        arguments = ("--server_address", network.address, "--num_threads", 1, "--cid", cid)
+        return start(network.clients, *patched(suite, "client", patch), *arguments)
+
+    def joined(cid):
+        return len(lines(server, f"cid {cid} joined")) + len(lines(server, f"cid {cid} is back"))
+
+    def noticed(client):
+        return len(lines(client, f"nothing heard from the server for {SILENCE} s; trying again"))
+
+    def mend_and_see(name, before):
+        up = network.mend()
+        wait_until(f"all are back after {name}", lambda: all(joined(cid) > count for cid, count in before.items()))
+        cut[name] = time.monotonic() - up
+
+    try:
+        rounds = ("--num_clients", 2, "--num_rounds", 3, "--round_timeout", ROUND_TIMEOUT)
+        arguments = (*patched(suite, "server", f"script.HEARTBEAT = {HEARTBEAT}"), *rounds)
+        server = start(network.server, *arguments, "--server_address", network.address)
+        first = start_client(0)
+        wait_until("client 0 has joined", lambda: joined(0) == 1)
+
+        # While client 0 waits.
+        network.cut()
+        cut["client noticed"] = wait_until("client 0 notices", lambda: noticed(first) == 1)
+        cut["server noticed"] = wait_until("the server notices", lambda: len(lines(server, "cid 0 left")) == 1)
+        mend_and_see("waiting", {0: joined(0)})
+
+        # While both train: what they send when they are done gets nowhere.
+        second = start_client(1)
+        for client in (first, second):
+            client.wait_for("fit of round 1", timeout=60)
+        network.cut()
+        before = {cid: joined(cid) for cid in both}
+        play(suite, 1, both)
+        wait_until("both notice", lambda: noticed(first) == 2 and noticed(second) == 1)
+        wait_until("nobody trained", lambda: len(lines(server, "round 1: nobody trained; it is run again")) == 1)
+        mend_and_see("training", before)
+        play(suite, 1, both)
+        server.wait_for("round 1/3")
+
+        # While both send.
+        for client in (first, second):
+            client.wait_for("fit of round 2")
+        before, sent = {cid: joined(cid) for cid in both}, network.sent()
+        network.slow_down("800kbit")
+        play(suite, 2, both)
+        wait_until("both are done", lambda: all(ends(client, 2) for client in (first, second)))
+        wait_until("both send", lambda: network.sent() - sent > 60_000)
+        network.cut()
+        cut["sent"] = network.sent() - sent
+        network.speed_up()
+        wait_until("both notice", lambda: noticed(first) == 3 and noticed(second) == 2)
+        wait_until("nobody trained", lambda: len(lines(server, "round 2: nobody trained; it is run again")) == 1)
+        mend_and_see("sending", before)
+        for current in (2, 3):
+            play(suite, current, both)
+        cut["exits"] = [process.wait() for process in (server, first, second)]
+        cut.update(server=server, clients=(first, second))
+        yield cut
+    finally:
+        suite.close()
+
+
+def test_waiting_client_notices_that_the_server_is_gone(cut):
+    assert cut["client noticed"] < 2 * SILENCE + 5  # some slack for a busy machine
+    assert cut["clients"][0].err == ""
+
+
+def test_server_notices_that_a_waiting_client_is_gone(cut):
+    assert cut["server noticed"] < 5
+
+
+@pytest.mark.parametrize("name", ["waiting", "training", "sending"])
+def test_clients_rejoin_when_the_network_is_back(cut, name):
+    assert cut[name] < 30
+
+
+def test_server_notices_within_the_round_timeout(cut):
+    said = lines(cut["server"], "dropped cid")
+    for current in (1, 2):
+        for cid in (0, 1):
+            (line,) = (line for line in said if line.startswith(f"round {current}: dropped cid {cid}: "))
+            assert line.endswith((f"no answer within {ROUND_TIMEOUT} s", "connection lost"))
+
+
+def test_cable_was_cut_while_results_were_on_it(cut):
+    assert 60_000 < cut["sent"] < 2 * 248_200  # two results of 62,050 parameters in float32
+
+
+def test_training_is_complete_in_spite_of_it(cut):
+    assert cut["exits"] == [0, 0, 0] and cut["server"].err == ""
+    rows = pd.read_csv(cut["suite"].ckps("Tiny") / "history.csv")
+    assert list(rows["round"]) == [1, 2, 3] and list(rows["clients"]) == [2, 2, 2]
+    assert list(rows["failures"]) == [2, 2, 0]
+
+
+def test_promised_times():
+    """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
+    import client
+    import server
+
+    assert client.SILENCE <= 120 and client.MAX_DELAY + client.PROBE_TIMEOUT <= 30
+    assert 2 * server.HEARTBEAT <= client.SILENCE
