@@ -289,9 +289,9 @@ def choose_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:200]}") from None
     return device
 
 
@@ -323,7 +323,8 @@ def load_shard(dataset, cid, device):
     info = describe_dataset(dataset, folder)
     path = folder / "clients" / f"client_{cid}.csv"
     if not path.exists():
-        cids = sorted(int(path.stem[7:]) for path in path.parent.glob("client_*.csv"))
+        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
+        cids = sorted(int(name) for name in names if name.isdecimal())
         raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
     table = read_table(path, len(info["classes"]), ("fit", "eval"))
     loaders = {}

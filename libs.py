@@ -12,9 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-# Before flwr and grpc are imported: nothing phones home, and gRPC's C core keeps its riddles to itself.
+# Before flwr, grpc and cv2 are imported: nothing phones home, and C code keeps its riddles to itself.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
 import numpy as np
@@ -93,7 +94,7 @@ def run_script(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -9,6 +9,7 @@ train/<class>/* and test/<class>/*. What an earlier run wrote for the dataset is
 """
 
 import hashlib
+import http.client
 import json
 import os
 import pickle
@@ -124,7 +125,7 @@ def read_images(source, channels):
             try:
                 encoded = np.frombuffer(files[name](), np.uint8)
                 image = cv2.imdecode(encoded, cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
                 raise UserError(f"{source}: {name} cannot be read: {error}") from None
             except cv2.error:
                 image = None
@@ -217,7 +218,7 @@ def download(url, path, md5):
         if digest.hexdigest() != md5:
             raise UserError(f"{url} was not received whole (its MD5 is {digest.hexdigest()}): run this again")
         os.replace(part, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"the download of {url} broke off ({error}): run this again") from None
     finally:
         part.unlink(missing_ok=True)
@@ -251,7 +252,7 @@ def open_source(args):
         checksum = f"md5: {file_md5(source)}"
         reader = read_images(source, channels) if zipfile.is_zipfile(source) else read_archive(source)
         return str(source), checksum, reader
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"cannot read {source}: {error}") from None
 
 
@@ -275,12 +276,13 @@ def split_dirichlet(labels, num_clients, rng, alpha):
     pools = [rng.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
     shards = []
     for size in [len(part) for part in np.array_split(labels, num_clients)]:
-        wanted = np.zeros(num_classes)
-        wanted[mix > 0] = rng.dirichlet(np.maximum(alpha * mix[mix > 0], 1e-3))
+        # Gamma draws, as they make up a Dirichlet's, but as logarithms: for a small alpha all of them would be zero.
+        weights = np.maximum(alpha * mix, 1e-300)
+        wanted = np.log(rng.gamma(weights + 1)) + np.log1p(-rng.uniform(size=num_classes)) / weights
         shard = []
         while len(shard) < size:
             left = np.array([len(pool) for pool in pools])
-            chances = np.where(left > 0, wanted + 1e-9 * mix, 0)
+            chances = np.where(left > 0, np.exp(np.minimum(wanted - wanted[left > 0].max(), 0)), 0)
             counts = rng.multinomial(size - len(shard), chances / chances.sum())
             for label, count in enumerate(np.minimum(counts, left)):
                 shard.extend(pools[label][:count])
@@ -359,7 +361,8 @@ def write_dataset(folder, args):
 
 def main():
     args = parse_args()
-    target, new, old = (DATASETS / name for name in (args.dataset, f".{args.dataset}.new", f".{args.dataset}.old"))
+    target = (DATASETS / args.dataset).resolve()
+    new, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     if target.exists() and not (target / "dataset.json").exists():
         raise UserError(f"{target} exists and is not of this script's making: move it away")
     try:

@@ -385,6 +385,7 @@ def read_certificates(folder):
     paths = [folder / name for name in ("ca.pem", "server.pem", "server.key")]
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(paths[1], paths[2])
+        ssl.create_default_context(cafile=paths[0])
         return tuple(path.read_bytes() for path in paths)
     except (OSError, ssl.SSLError) as error:
         raise UserError(

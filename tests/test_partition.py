@@ -121,11 +121,11 @@ def test_iid_shards_have_all_classes_though_the_source_is_sorted_by_class(make, 
 def test_dirichlet_is_the_more_skewed_the_smaller_alpha(make, shapes_zip):
     distances = []
     for alpha in (0.05, 1, 10, 1e6):
-        args = ("--num_clients", 5, "--partition", "dirichlet", "--alpha", alpha)
-        mixes = [
-            np.bincount(table["label"], minlength=10) / 120
-            for table in shards(make("Tiny", "--source", shapes_zip, *args))
-        ]
+        mixes = []
+        for seed in (1, 2, 3):
+            args = ("--num_clients", 5, "--partition", "dirichlet", "--alpha", alpha, "--seed", seed)
+            tables = shards(make("Tiny", "--source", shapes_zip, *args))
+            mixes += [np.bincount(table["label"], minlength=10) / len(table) for table in tables]
         distances.append(np.mean([np.abs(mix - 0.1).sum() / 2 for mix in mixes]))  # total variation distance
     assert all(more > less + 0.05 for more, less in zip(distances, distances[1:])), distances
     assert distances[0] > 0.6 and distances[-1] < 0.17  # 120 draws from ten equal classes lie near 0.11

@@ -189,7 +189,9 @@ any_array = hnp.arrays(
 @st.composite
 def any_tensors(draw):
     """The tensors of a result: the right ones, with some replaced by random arrays, bytes, or values out of range."""
-    arrays = arrays_like(LeNet5(1, 2), draw(st.floats(-(2.0**126), 2.0**126, width=32)), draw(st.integers(-(2**63), 2**63 - 1)))
+    arrays = arrays_like(
+        LeNet5(1, 2), draw(st.floats(-(2.0**126), 2.0**126, width=32)), draw(st.integers(-(2**63), 2**63 - 1))
+    )
     arrays = [np.abs(array) if array.ndim == 1 else array for array in arrays]
     if draw(st.booleans()):
         arrays[draw(st.integers(0, 19))].flat[0] = draw(st.floats(width=32)) if draw(st.booleans()) else 0
@@ -210,7 +212,7 @@ good_metrics = st.fixed_dictionaries({name: st.floats(0, 1e308) for name in FIT_
 likely_result = st.tuples(any_tensors(), st.integers(1, 2**63 - 1), good_metrics)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(results=st.lists(st.one_of(any_result, likely_result), min_size=1, max_size=4))
 def test_whatever_clients_send_the_global_model_stays_finite(tmp_path_factory, results):
     strategy = FedAvg(LeNet5(1, 2), tmp_path_factory.mktemp("fuzz") / "server.ptl")
