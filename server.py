@@ -491,7 +491,9 @@ class Curves:
         try:
             self.run.finish()
         except Exception:  # its server is gone, or its process
-            say(f"curves: not all are sent; send them later with: wandb sync {Path(self.run.dir).parent}")
+            folder = Path(self.run.dir).parent
+            option = "" if folder.name.startswith("offline-") else "--no-skip-online "
+            say(f"curves: not all are sent; send them later with: wandb sync {option}{folder}")
 
 
 class Progress:

@@ -1,10 +1,12 @@
 """Row 4 of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run by bench.py, as
 
-    python benchmarks/rounds.py server ours NUM_CLIENTS PORT     (or `plain` for Flower's Server and FedAvg)
+    python benchmarks/rounds.py server ours NUM_CLIENTS PORT
     python benchmarks/rounds.py clients NUM_CLIENTS PORT
 
-A server reads a number from its input, runs that many rounds of fit and evaluate, and prints the seconds that they
-took; at the end of its input it prints its memory. Clients are threads that answer at once.
+Beside `ours`, `plain` is Flower's Server and FedAvg as they come, which have few clients at work at a time, and `wide`
+the same with all clients at work at once, which ours has, and which real devices need. A server reads a number from its
+input, runs that many rounds of fit and evaluate, and prints the seconds that they took; at the end of its input it
+prints its memory. Clients are threads that answer at once.
 """
 
 import json
@@ -19,7 +21,7 @@ import grpc
 from common import memory_of
 from flwr.client import NumPyClient, start_client
 from flwr.common import ndarrays_to_parameters
-from flwr.server import ServerConfig, start_server
+from flwr.server import Server, ServerConfig, SimpleClientManager, start_server
 from flwr.server import strategy as flower
 
 from nets import Net, fingerprint, get_arrays
@@ -62,9 +64,12 @@ def serve(kind, num_clients, port):
         "min_available_clients": num_clients,
     }
     parts = {}
-    if kind == "plain":
+    if kind != "ours":
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
+        if kind == "wide":
+            parts["server"] = Server(client_manager=SimpleClientManager(), strategy=parts["strategy"])
+            parts["server"].set_max_workers(num_clients)
     else:
         import server
         import strategies

@@ -80,7 +80,7 @@ class Training:
         rows = self.rows()
         time.sleep(SERVER_PAUSE)
         self.server = self.start_server("--resume")
-        _, line = self.server.wait_for("round ")
+        _, line = self.server.wait_for(f" to {self.num_rounds} with ")
         first = int(line.split()[1])
         self.again += max(0, len(rows) + 1 - first)
         self.faults.append(("server killed, resumed", None, len(rows), self.server))

@@ -174,10 +174,10 @@ def faulty(open_suite):
     """Six rounds of three clients, in which devices fail in every way but slowness."""
     suite = open_suite("faulty")
     first, second = ordered_client(suite, 0), ordered_client(suite, 1)
-    first.wait_for("no server at")
-    second.wait_for("no server at")
+    first.wait_for("no server at", timeout=120)
+    second.wait_for("no server at", timeout=120)
     server = suite.server("--dataset", "Tiny", "--num_clients", 3, "--num_rounds", 6)
-    server.wait_for("waiting for 1 of 3 clients: cid 2\n")
+    server.wait_for("waiting for 1 of 3 clients: cid 2\n", timeout=120)
     third = ordered_client(suite, 2)
     play(suite, 1, {0: "", 1: "", 2: "nan"})
     play(suite, 2, {0: "shape", 1: "zero", 2: ""})
@@ -284,7 +284,7 @@ def frozen(open_suite):
     rounds = ("--num_clients", 3, "--min_clients", 2, "--round_timeout", 4, "--num_rounds", 3)
     server = start_patched(suite, "server", "script.SETTLE = 1", *rounds)
     clients = [ordered_client(suite, cid, max_delay=1) for cid in (0, 1)]
-    clients[1].wait_for("fit of round 1")
+    clients[1].wait_for("fit of round 1", timeout=120)
     clients[1].send(signal.SIGSTOP)
     play(suite, 1, {0: ""})
     server.wait_for("round 1/3")
@@ -351,7 +351,7 @@ def killed(open_suite):
 
     def reach(current, count=1):
         for client in clients:
-            client.wait_for(f"fit of round {current} ", count=count)
+            client.wait_for(f"fit of round {current} ", count=count, timeout=120)
 
     def keep(name, server):
         checkpoint = load(folder / "server.ptl")
@@ -401,7 +401,7 @@ def killed(open_suite):
     (suite.root / "orders" / "free").touch()
     for name in ("random 1", "random 2"):
         server = start("--num_rounds", 10_000)
-        server.wait_for("/10000")
+        server.wait_for("/10000", timeout=120)
         time.sleep(random.uniform(0, 1))
         server.kill()
         keep(name, server)
@@ -478,7 +478,7 @@ def test_earlier_files_are_moved_aside_without_resume(open_suite):
     for name, content in {**files, "client_0.ptl": b"the device's own"}.items():
         (folder / name).write_bytes(content)
     server = suite.server("--dataset", "Tiny", "--num_clients", 1)
-    server.wait_for("waiting for 1 of 1 clients: cid 0")
+    server.wait_for("waiting for 1 of 1 clients: cid 0", timeout=120)
     server.send(signal.SIGTERM)
     assert server.wait() == 143, server
     (aside,) = (suite.root / "ckps").glob("Tiny.*")
@@ -621,7 +621,7 @@ def aggregate_fit(self, current, results, failures):
 script.FedAvg.aggregate_fit = aggregate_fit
 """
         server = start_patched(suite, "server", patch, *arguments, "--resume")
-        server.wait_for("cid 0 joined")
+        server.wait_for("cid 0 joined", timeout=120)
         client.wait_for("fit of round 2", count=2)
         children = psutil.Process(server.pid).children(recursive=True)
         play(suite, 2, {0: ""})

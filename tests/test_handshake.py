@@ -87,7 +87,7 @@ def met(open_suite, certificates):
     laptop.server("--server_address", "0.0.0.0", "--dataset", "Tiny", "--num_clients", 2)
     (server,) = laptop.processes
     original = first.client(0, "--dataset", "Tiny")
-    server.wait_for("cid 0 joined (1 of 2 clients)")
+    server.wait_for("cid 0 joined (1 of 2 clients)", timeout=120)
     refused = {
         "in use": copy.client(0, "--dataset", "Tiny"),
         "same process": first.client(0, "--dataset", "Tiny"),
@@ -114,7 +114,7 @@ def met(open_suite, certificates):
     back.kill()
     met["again"] = rebooted.client(0, "--dataset", "Tiny")
     met["again"].wait_for("connected to the server")
-    server.wait_for("cid 0 joined", count=2)
+    server.wait_for("cid 0 joined", timeout=120, count=2)
     return met
 
 
@@ -166,17 +166,19 @@ def test_open_server_without_secret_warns_in_one_line(met):
     assert f"0.0.0.0:{met['port']}" in line and "--secret_file" in line
 
 
+def sockets(process):
+    """Of a process and its children: the addresses that listen, and those at the far end."""
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    found = [connection for member in tree for connection in member.net_connections()]
+    listening = {tuple(connection.laddr) for connection in found if connection.status == psutil.CONN_LISTEN}
+    return listening, {connection.raddr.ip.replace("::ffff:", "") for connection in found if connection.raddr}
+
+
 def test_nothing_listens_but_what_was_asked_for(met):
-    for process, wanted in ((met["server"], {("0.0.0.0", met["port"])}), (met["again"], set())):
-        tree = psutil.Process(process.pid)
-        sockets = [
-            connection for member in (tree, *tree.children(recursive=True)) for connection in member.net_connections()
-        ]
-        listening = {tuple(connection.laddr) for connection in sockets if connection.status == psutil.CONN_LISTEN}
-        reachable = {address for address in listening if not address[0].startswith("127.")}
-        assert listening >= wanted and reachable == wanted  # wandb's helper may listen on loopback
-        far = [connection.raddr.ip for connection in sockets if connection.raddr]
-        assert all(address in ("127.0.0.1", "::ffff:127.0.0.1") for address in far), far
+    assert sockets(met["again"]) == (set(), {"127.0.0.1"})
+    listening, far = sockets(met["server"])
+    assert listening in ({("0.0.0.0", met["port"])}, {("::", met["port"])})  # gRPC takes IPv6 along where it is there
+    assert far == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("script", ["client", "server"])
@@ -259,7 +261,7 @@ def guarded(open_suite):
     guarded["open"].append(other.client(2, "--dataset", "Tiny", "--secret_file", files["open"]))
     guarded["missing"] = device.client(0, "--dataset", "Tiny")
     guarded["wrong"] = other.client(0, "--dataset", "Tiny", "--secret_file", files["wrong"])
-    server.wait_for("round 1 to 1")
+    server.wait_for("round 1 to 1", timeout=120)
 
     nothing = Stranger(laptop.port, lambda config: {})
     rude = Stranger(laptop.port, lambda config: {"cid": "\x1b[2J" + 1000 * "!", "proof": "\x1b[2J"})
@@ -353,7 +355,8 @@ def encrypted(open_suite, certificates):
     wrong = make_certificates(other, "127.0.0.1") / "ca.pem"
     no_certificate = other.root / "notes.txt"
     no_certificate.write_text("not a certificate")
-    server.wait_for("round 1 to 1")
+    server.wait_for("round 1 to 1", timeout=120)
+    listening = sockets(server)[0]
     right = certificates / "ca.pem"
     refused = {
         "authority": other.client(0, "--dataset", "Tiny", "--root_certificate", wrong),
@@ -365,7 +368,7 @@ def encrypted(open_suite, certificates):
         process.wait()
     client = device.client(0, "--dataset", "Tiny", "--root_certificate", right)
     exits = [server.wait(), client.wait()]
-    return {"server": server, "refused": refused, "exits": exits, "laptop": laptop}
+    return {"server": server, "refused": refused, "exits": exits, "laptop": laptop, "listening": listening}
 
 
 def test_training_works_over_tls(encrypted):
@@ -385,6 +388,10 @@ def test_training_works_over_tls(encrypted):
 def test_wrong_idea_of_tls_is_named(encrypted, what, reason):
     assert re.search(reason, one_line(encrypted["refused"][what])), encrypted["refused"][what]
     assert "joined" not in encrypted["server"].out.split("cid 0 joined")[0]
+
+
+def test_server_listens_on_loopback_alone_unless_told_otherwise(encrypted):
+    assert encrypted["listening"] == {("127.0.0.1", encrypted["laptop"].port)}
 
 
 def test_key_of_the_authority_is_for_its_owner_alone(certificates):

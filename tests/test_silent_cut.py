@@ -1,4 +1,4 @@
-"""The network goes away without a word, while a client waits, trains and sends: for real, in network namespaces.
+"""The network goes away without a word, while clients wait, train and send: for real, in network namespaces.
 
 The server runs in one namespace and two clients in another; a pair of virtual cards joins them, and no address outside
 is used. Waiting times are shortened; `test_promised_times` holds the real ones against what is promised.
@@ -15,7 +15,7 @@ import pytest
 from conftest import Process
 from test_faults import ends, lines, new_suite, ordered, patched, play
 
-HEARTBEAT, SILENCE, ROUND_TIMEOUT = 1, 5, 12  # seconds
+HEARTBEAT, SILENCE, ROUND_TIMEOUT = 1, 5, 8  # seconds
 
 
 class Network:
@@ -135,7 +135,7 @@ def cut(network, tmp_path_factory, three_shards):
         # While both train: what they send when they are done gets nowhere.
         second = start_client(1)
         for client in (first, second):
-            client.wait_for("fit of round 1", timeout=60)
+            client.wait_for("fit of round 1", timeout=120)
         network.cut()
         before = {cid: joined(cid) for cid in both}
         play(suite, 1, both)
@@ -187,7 +187,7 @@ def test_server_notices_within_the_round_timeout(cut):
     for current in (1, 2):
         for cid in (0, 1):
             (line,) = (line for line in said if line.startswith(f"round {current}: dropped cid {cid}: "))
-            assert line.endswith((f"no answer within {ROUND_TIMEOUT} s", "connection lost"))
+            assert line.endswith(f"no answer within {ROUND_TIMEOUT} s")
 
 
 def test_cable_was_cut_while_results_were_on_it(cut):

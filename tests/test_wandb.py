@@ -158,7 +158,8 @@ class Stub:
         files = stream.get("files", {})
         new = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
         run["history"].update(enumerate(map(json.loads, new["content"]), new["offset"]))
-        run["summary"].update(json.loads(line) for line in files.get("wandb-summary.json", {}).get("content", []))
+        for line in files.get("wandb-summary.json", {}).get("content", []):
+            run["summary"].update(json.loads(line))
         run["complete"] = stream.get("complete", run["complete"])
 
 
@@ -234,22 +235,30 @@ def inspect(folder):
     return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
-def sync(suite, stub, *folders):
-    """Send folders with `wandb sync`, as the server's line says."""
+def folder_to_send(process):
+    """The folder that a server's line on sending curves later names."""
+    return Path(re.search(r"send them later with: wandb sync .*?(/\S+)", process.out)[1])
+
+
+def send_later(suite, process, stub):
+    """Do what that line says, with a key and the stub at hand now."""
+    line = re.search(r"send them later with: wandb (sync .+)", process.out)[1]
     env = {**suite.env, "WANDB_BASE_URL": stub.url, "WANDB_API_KEY": KEY}
-    command = [WANDB, "sync", *map(str, folders)]
-    subprocess.run(command, env=env, cwd=suite.root, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    subprocess.run([WANDB, *line.split()], env=env, cwd=suite.root, stdin=subprocess.DEVNULL, check=True, timeout=60)
 
 
 def assert_same_curves(steps, rows):
-    """`steps` that wandb has are the `rows` of history.csv, each under its round, with every device's own figures."""
+    """`steps` that wandb has are the `rows` of history.csv, each under its round, with every device's own figures.
+
+    What a round cut short could not measure is blank in the one and missing in the other.
+    """
     steps = pd.DataFrame(steps)
     assert list(steps["_step"]) == list(rows["round"])
     for name in rows.columns[1:]:
-        assert list(steps[name]) == pytest.approx(list(rows[name])), name
+        assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
     for name in ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy", "global_eval_loss", "global_eval_accuracy"):
         means = (steps[f"clients/0/{name}"] + steps[f"clients/1/{name}"]) / 2  # the shards are of one size
-        assert list(means) == pytest.approx(list(rows[name])), name
+        assert list(means) == pytest.approx(list(rows[name]), nan_ok=True), name
 
 
 def assert_sent(run, rows):
@@ -273,13 +282,6 @@ def stop_and_resume(suite):
     assert [client.wait(20) for client in clients] == [0, 0]
     assert list(history(suite)["round"]) == list(range(1, len(rows) + 4))
     return stopped, resumed, rows
-
-
-def offline_folder(process):
-    """The folder that the line of a run that is offline tells to sync."""
-    folder = Path(re.search(r"offline \(.+\); send them later with: wandb sync (\S+)", process.out)[1])
-    assert folder.name.startswith("offline-run-") and len(list(folder.glob("run-*.wandb"))) == 1
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def cut_off(laptops, stubs, waiting):
     suite = laptops(stubs())
     host = suite.stub.url.removeprefix("http://")
     (suite.root / "home" / ".netrc").write_text(f"machine {host} login user password {KEY}\n")
-    suite.server, suite.clients = start_training(suite, 60), start_clients(suite)
+    suite.server, suite.clients = start_training(suite, 30), start_clients(suite)
     suite.server.wait_for("round 3/", timeout=90)
     suite.stub.close()
     return suite
@@ -329,6 +331,7 @@ def test_with_a_key_the_run_is_online_and_goes_on_there_after_a_stop(laptops, st
     ((run_id, run),) = suite.stub.runs.items()
     assert_sent(run, history(suite))
     assert suite.stub.requests.count("RunResumeStatus") == 2 and run["at_start"] == [0, len(rows)]
+    assert not any("otel" in request for request in suite.stub.requests)  # wandb's reports to its makers
     checkpoint = torch.load(suite.ckps("Tiny") / "server.ptl", weights_only=True)
     assert checkpoint["wandb_run_id"] == run_id
     for server in (stopped, resumed):
@@ -339,13 +342,14 @@ def test_with_a_key_the_run_is_online_and_goes_on_there_after_a_stop(laptops, st
 def test_without_a_key_a_resumed_run_is_two_folders_that_sync_into_one(laptops, stubs):
     suite, stub = laptops(), stubs()
     stopped, resumed, rows = stop_and_resume(suite)
-    folders = offline_folder(stopped), offline_folder(resumed)
-    assert sorted((suite.root / "wandb").glob("*run-*-*")) == sorted(folders)
+    folders = folder_to_send(stopped), folder_to_send(resumed)
+    assert sorted((suite.root / "wandb").glob("offline-run-*")) == sorted(folders)
     checkpoint = torch.load(suite.ckps("Tiny") / "server.ptl", weights_only=True)
     assert {folder.name.rpartition("-")[2] for folder in folders} == {checkpoint["wandb_run_id"]}
     assert_same_curves(inspect(folders[0]), rows)
     assert_same_curves(inspect(folders[1]), history(suite).iloc[len(rows) :])
-    sync(suite, stub, *folders)
+    send_later(suite, stopped, stub)
+    send_later(suite, resumed, stub)
     ((run_id, run),) = stub.runs.items()
     assert run_id == checkpoint["wandb_run_id"]
     assert_sent(run, history(suite))
@@ -371,13 +375,13 @@ def test_wandb_mode_online_without_a_key_is_refused_and_asks_nothing(laptops, st
 
 def test_training_outlives_the_process_of_wandb(laptops):
     suite = laptops()
-    server = start_training(suite, 60)
+    server = start_training(suite, 30)
     clients = start_clients(suite)
     server.wait_for("round 3/", timeout=90)
     (core,) = [child for child in psutil.Process(server.pid).children(True) if child.name() == "wandb-core"]
     core.kill()
     assert server.wait(90) == 0 and [client.wait(20) for client in clients] == [0, 0], server
-    assert list(history(suite)["round"]) == list(range(1, 61))
+    assert list(history(suite)["round"]) == list(range(1, 31))
     assert re.search(r"^curves: .* from round \d+", server.out, re.MULTILINE) and "Traceback" not in server.err
 
 
@@ -386,10 +390,10 @@ def test_out_of_reach_is_offline_with_the_reason_in_one_line_in_time(waiting, ca
     suite = waiting[case]
     assert suite.process.wait(100) == 0, suite.process
     curves, took = suite.process.out.splitlines()
-    assert OFFLINE[case] in curves
-    (step,) = inspect(offline_folder(suite.process))
+    assert curves.startswith("curves: Weights & Biases is offline (") and OFFLINE[case] in curves
+    (step,) = inspect(folder_to_send(suite.process))
     assert step["fit_loss"] == 0.5
-    assert float(took.split()[1]) < 60  # two bounds of 30 s; wandb's own are 101 s, and none at the end
+    assert float(took.split()[1]) < 80  # two bounds of 30 s, on a busy machine; wandb's own: 101 s, and none at the end
     if case in ("no key", "WANDB_MODE=offline"):
         assert suite.stub.requests == []
 
@@ -398,11 +402,10 @@ def test_training_whose_server_vanishes_ends_in_time_and_can_be_sent_later(cut_o
     assert cut_off.server.wait(100) == 0, cut_off.server
     assert [client.wait(20) for client in cut_off.clients] == [0, 0]
     rows = history(cut_off)
-    assert len(rows) == 60
+    assert len(rows) == 30
     ((run_id, run),) = cut_off.stub.runs.items()
     assert not run["complete"] and f"curves: {cut_off.stub.url}/lab/FL-IoT/runs/{run_id}\n" in cut_off.server.out
-    folder = re.search(r"send them later with: wandb sync (\S+)", cut_off.server.out)[1]
-    assert_same_curves(inspect(folder), rows)
+    assert_same_curves(inspect(folder_to_send(cut_off.server)), rows)
     stub = stubs()
-    sync(cut_off, stub, folder)
+    send_later(cut_off, cut_off.server, stub)
     assert_sent(stub.runs[run_id], rows)
