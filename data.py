@@ -3,10 +3,11 @@
 Used by client.py for the device's own shard and by server.py for the test set.
 """
 
+import csv
 import json
 from pathlib import Path
 
-from libs import UserError, cv2, np, pd, torch
+from libs import UserError, np, torch
 
 
 def describe_dataset(dataset, folder):
@@ -31,34 +32,43 @@ def describe_dataset(dataset, folder):
 def read_table(path, num_classes, phases=()):
     """Read a CSV with the columns id and label, and phase where `phases` are named, each of which must have rows.
 
-    Returns a DataFrame with id as str, label as int in [0, num_classes), phase as str. Raises UserError, naming file
-    and row, for a missing column, a duplicate id, a label out of range, an unknown or an empty phase.
+    Returns a structured array with the fields id (str), label (int in 0..num_classes-1) and phase (str). Raises
+    UserError, naming file and line, for a missing column, a duplicate id, a label out of range, an unknown or an empty
+    phase. (Without pandas, for which a small device has no memory to spare.)
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
     columns = ["id", "label"] + (["phase"] if phases else [])
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file, strict=True)) or [[]]
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"{path} is not a readable CSV: {error}") from None
     for column in columns:
-        if column not in table:
+        if column not in header:
             raise UserError(f"{path} has no column {column}; it needs {','.join(columns)}")
-
-    def refuse(bad, what):
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            raise UserError(f"{path}, line {row + 2}: {what.format(**table.iloc[row])}")
-
-    refuse(table["id"].duplicated(), "id {id} stands twice")
-    labels = pd.to_numeric(table["label"], errors="coerce")
-    refuse(~labels.isin(range(num_classes)), f"label {{label}} is not in 0..{num_classes - 1}")
-    if phases:
-        refuse(~table["phase"].isin(phases), f"phase {{phase}} is not one of {', '.join(phases)}")
-        for phase in phases:
-            if not (table["phase"] == phase).any():
-                raise UserError(f"{path} has no row of phase {phase}")
-    elif table.empty:
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(header):
+            raise UserError(f"{path}, line {number}: {len(line)} cells, not {len(header)}")
+    rows = [tuple(line[header.index(column)] for column in columns) for line in lines]
+    table = np.array(rows, [(column, object) for column in columns])
+    labels, seen = {str(label): label for label in range(num_classes)}, set()
+    for number, row in enumerate(rows, start=2):
+        problem = None
+        if row[0] in seen:
+            problem = f"id {row[0]} stands twice"
+        elif row[1] not in labels:
+            problem = f"label {row[1]} is not in 0..{num_classes - 1}"
+        elif phases and row[2] not in phases:
+            problem = f"phase {row[2]} is not one of {', '.join(phases)}"
+        if problem:
+            raise UserError(f"{path}, line {number}: {problem}")
+        seen.add(row[0])
+    for phase in phases:
+        if not (table["phase"] == phase).any():
+            raise UserError(f"{path} has no row of phase {phase}")
+    if not rows:
         raise UserError(f"{path} has no rows")
-    return table[columns].assign(label=labels.astype(int))
+    table["label"] = [labels[label] for label in table["label"]]
+    return table
 
 
 def read_image(path, image_size):
@@ -73,15 +83,18 @@ def read_image(path, image_size):
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
         raise UserError(f"image {path} is {image.dtype} of shape {image.shape}, not uint8 of H×W or H×W×3")
     if image.shape[:2] != tuple(image_size):
+        from libs import cv2  # here: 15 MB that most devices get by without
+
         image = cv2.resize(image, (image_size[1], image_size[0]), interpolation=cv2.INTER_AREA)
     return image
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """The images that `df` lists (columns id, label), read once from `data_path`/<id>.npy and kept in memory.
+    """The images that `df` lists, read once from `data_path`/<id>.npy and kept in memory.
 
-    `images` is uint8 N×C×H×W and `labels` int64 N, both on one device; C is 1 for grey images, else 3. An item is
-    (float32 C×H×W in 0..1, int label). Raises UserError for an image that is missing, damaged or unlike the first.
+    `df` has the columns id and label: a DataFrame, or what read_table returns. `images` is uint8 N×C×H×W and `labels`
+    int64 N, both on one device; C is 1 for grey images, else 3. An item is (float32 C×H×W in 0..1, int label). Raises
+    UserError for an image that is missing, damaged or unlike the first.
     """
 
     def __init__(self, df, data_path, image_size=(32, 32)):
@@ -98,7 +111,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise UserError(f"no images are listed for {data_path}")
         images = torch.from_numpy(images)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.tensor(df["label"].to_numpy(), dtype=torch.int64)
+        self.labels = torch.from_numpy(np.array(df["label"], np.int64))
 
     def __len__(self):
         return len(self.images)

@@ -3,6 +3,7 @@
 A loader is anything with a length that yields (float32 B×C×H×W, int64 B): data.BatchLoader or torch's DataLoader.
 """
 
+import math
 import sys
 
 from libs import nn, torch, tqdm
@@ -37,6 +38,36 @@ def run_epoch(loader, model, device, optimizer=None, title=None):
     return loss.item(), torch.stack(hits).sum().item() / sum(sizes)
 
 
+class Adam:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980), step by step what torch.optim.Adam computes.
+
+    torch.optim itself loads torch's compiler at its first use: 68 MiB, and a second, that a device may not have.
+    """
+
+    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
+        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        self.parameters = list(parameters)
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        beta1, beta2 = self.betas
+        size, correction = self.lr / (1 - beta1**self.steps), math.sqrt(1 - beta2**self.steps)
+        for parameter, mean, square in zip(self.parameters, self.means, self.squares):
+            gradient = parameter.grad
+            if gradient is None:  # it took no part in the loss
+                continue
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            parameter.addcdiv_(mean, (square.sqrt() / correction).add_(self.eps), value=-size)
+
+
 def client_fit_fn(
     loaders, model, num_epochs=1, device="cpu", save_ckp_path=None, training_verbose=True, lr=1e-3, about=None
 ):
@@ -47,7 +78,7 @@ def client_fit_fn(
     `save_ckp_path` if given. `training_verbose` shows a bar a pass, on a terminal.
     """
     model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = Adam(model.parameters(), lr)
     show = training_verbose and sys.stderr.isatty()
     for epoch in range(1, num_epochs + 1):
         title = f"epoch {epoch}/{num_epochs}" if show else None

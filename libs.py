@@ -5,6 +5,7 @@ All other modules import from here, by name; wandb and matplotlib are not here, 
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -17,14 +18,17 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
-import cv2
-import numpy as np
-import pandas as pd
-import torch
-from torch import nn
 from tqdm import tqdm
 
-__all__ = ["cv2", "nn", "np", "pd", "torch", "tqdm"]
+LATER = {"cv2": "cv2", "nn": "torch.nn", "np": "numpy", "pd": "pandas", "torch": "torch"}
+
+
+def __getattr__(name):
+    """Import what not every script needs when it is asked for: torch takes a second and 200 MB, pandas 33 MB."""
+    if name not in LATER:
+        raise AttributeError(f"libs has no {name}")
+    return importlib.import_module(LATER[name])
+
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"

@@ -132,7 +132,7 @@ class Registry(SimpleClientManager):
         super().__init__()
         self.num_clients, self.expected, self.secret = num_clients, expected, secret
         self.connections = set()  # Flower's ids of the open ones, admitted or not
-        self.last_joined = time.monotonic()
+        self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed = False
 
     def register(self, client):
@@ -209,7 +209,9 @@ class Registry(SimpleClientManager):
             if before is not None:
                 before.close()
             self.clients[device.cid] = device
-            self.last_joined = time.monotonic()
+            if device.cid not in self.seen:  # for one that comes back no round is held up
+                self.seen.add(device.cid)
+                self.last_joined = time.monotonic()
             self._cv.notify_all()
         say(f"cid {device.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
         return None

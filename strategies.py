@@ -64,18 +64,6 @@ def average(updates):
     return means
 
 
-def read_array(data):
-    """The array in the bytes of an .npy file, not copied. Raises ValueError; pickled objects are never read."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError("it holds objects")
-    array = np.frombuffer(data, dtype, offset=file.tell())
-    return array.reshape(shape, order="F" if fortran_order else "C")
-
-
 class Rejected(Exception):
     """A result that is not averaged, with the reason."""
 
@@ -96,13 +84,20 @@ def check_examples(num_examples):
 
 
 def check_arrays(tensors, expected):
-    """The arrays in `tensors`, a list of .npy bytes, if they are like `expected`, [(name, array), …], and finite."""
+    """The arrays in `tensors`, a list of .npy bytes, if they are like `expected`, and finite.
+
+    `expected` is [(name, array, the bytes before its values in an .npy file), …]. Arrays with those bytes, which all
+    devices send, are not copied; any others are parsed, without pickle, to say what is wrong with them.
+    """
     if len(tensors) != len(expected):
         raise Rejected(f"{len(tensors)} arrays, not {len(expected)}")
     arrays = []
-    for data, (name, like) in zip(tensors, expected):
+    for data, (name, like, header) in zip(tensors, expected):
         try:
-            array = read_array(data)
+            if data.startswith(header) and len(data) == len(header) + like.nbytes:
+                array = np.frombuffer(data, like.dtype, offset=len(header)).reshape(like.shape)
+            else:
+                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         except Exception as error:
             raise Rejected(f"array {name} cannot be read: {printable(error)}") from None
         if array.shape != like.shape or array.dtype != like.dtype:
@@ -126,11 +121,14 @@ class History:
     """The rows of history.csv, a dictionary each; the file is rewritten whole whenever some are added."""
 
     def __init__(self, path, last_round=0):
-        """Take over the rows up to `last_round` from `path`. Raises ValueError or KeyError when it is damaged."""
+        """Take over the rows of the rounds 1 to `last_round` from `path`. Raises ValueError when not all are there."""
         self.path, self.rows = Path(path), []
-        if last_round and self.path.exists():
-            table = pd.read_csv(self.path)[list(COLUMNS)]
-            self.rows = table[table["round"] <= last_round].to_dict("records")
+        if last_round:
+            table = pd.read_csv(self.path)[list(COLUMNS)].astype(float)
+            table = table[table["round"] <= last_round]
+            if list(table["round"]) != list(range(1, last_round + 1)):
+                raise ValueError(f"{path} has not one row for each of the rounds 1 to {last_round}")
+            self.rows = table.astype({"round": int, "clients": int, "failures": int}).to_dict("records")
 
     def extend(self, rows):
         self.rows.extend(rows)
@@ -193,7 +191,10 @@ class FedAvg(strategy.FedAvg):
         self.test_loaders, self.about = test_loaders, about or {}
         self.on_row, self.on_drop, self.log = on_row, on_drop, log
         self.model = copy.deepcopy(initial_model)  # the worker's own, to test and save
-        self.expected = list(zip(self.model.state_dict(), get_arrays(self.model)))
+        arrays = get_arrays(self.model)
+        tensors = ndarrays_to_parameters(arrays).tensors
+        headers = [data[: len(data) - array.nbytes] for data, array in zip(tensors, arrays)]
+        self.expected = list(zip(self.model.state_dict(), arrays, headers))
         self.history = History(self.save_ckp_path.with_name("history.csv"), last_round)
         self.best = max((row["test_accuracy"] for row in self.history.rows), default=-1.0)
         self.row, self.arrays, self.started = None, None, None  # of the round that is under way

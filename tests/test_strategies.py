@@ -194,7 +194,8 @@ def any_tensors(draw):
     )
     arrays = [np.abs(array) if array.ndim == 1 else array for array in arrays]
     if draw(st.booleans()):
-        arrays[draw(st.integers(0, 19))].flat[0] = draw(st.floats(width=32)) if draw(st.booleans()) else 0
+        floats = [array for array in arrays if array.dtype.kind == "f"]
+        draw(st.sampled_from(floats)).flat[0] = draw(st.floats(width=32))
     tensors = ndarrays_to_parameters(arrays).tensors
     for index in draw(st.lists(st.integers(0, 19), max_size=2)):
         if draw(st.booleans()):
