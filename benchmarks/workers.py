@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from libs import CKPS, DATASETS, cv2, nn, np, torch
+from libs import CKPS, DATASETS, cv2, nn, np, pd, torch
 
 from common import memory_of
 
@@ -84,13 +84,12 @@ def tutorial_pass(loader, model, optimizer=None):
 def epochs(dataset, pairs):
     """Seconds for the training pass alone and for the whole fit call with eval and checkpoint; ours, bare, tutorial."""
     from client import load_shard
-    from data import read_table
-    from engines import client_fit_fn, run_epoch
+    from engines import Adam, client_fit_fn, run_epoch
     from nets import Net
 
     loaders, info = load_shard(dataset, 0, "cpu")
     folder = DATASETS / dataset
-    table = read_table(folder / "clients" / "client_0.csv", len(info["classes"]), ("fit", "eval"))
+    table = pd.read_csv(folder / "clients" / "client_0.csv")
     shards = {phase: TutorialDataset(table[table["phase"] == phase], folder / "train") for phase in ("fit", "eval")}
     tutorial = {
         "fit": torch.utils.data.DataLoader(shards["fit"], 32, shuffle=True),
@@ -100,13 +99,13 @@ def epochs(dataset, pairs):
     checkpoint = CKPS / dataset / "bench.ptl"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
-    def fresh():
+    def fresh(adam=torch.optim.Adam):
         torch.manual_seed(0)
         model = Net(info["channels"], len(info["classes"]))
-        return model, torch.optim.Adam(model.parameters(), lr=1e-3)
+        return model, adam(model.parameters(), lr=1e-3)
 
     def ours_epoch():
-        model, optimizer = fresh()
+        model, optimizer = fresh(Adam)
         run_epoch(loaders["fit"], model, "cpu", optimizer)
 
     def bare():
@@ -116,7 +115,7 @@ def epochs(dataset, pairs):
         tutorial_pass(tutorial["fit"], *fresh())
 
     def ours_fit():
-        client_fit_fn(loaders, fresh()[0], save_ckp_path=checkpoint)
+        client_fit_fn(loaders, fresh(Adam)[0], save_ckp_path=checkpoint)
 
     def tutorial_fit():
         model, optimizer = fresh()

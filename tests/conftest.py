@@ -46,7 +46,7 @@ class Process:
     def __str__(self):
         return f"{self.popen.args}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
-    def wait_for(self, text, timeout=40, count=1):
+    def wait_for(self, text, timeout=90, count=1):
         """Wait until `text` stands in the output `count` times; fail when the process ends or time runs out before."""
         until = time.monotonic() + timeout
         while (self.out + self.err).count(text) < count:
@@ -55,7 +55,7 @@ class Process:
             assert time.monotonic() < until, f"no {text!r} within {timeout} s: {self}"
             time.sleep(0.05)
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=90):
         """The exit code; fails when there is none in time."""
         try:
             return self.popen.wait(timeout)
@@ -96,7 +96,7 @@ class Suite:
     def client(self, cid, *args, **kwargs):
         return self.start("client.py", "--server_port", self.port, "--num_threads", 1, "--cid", cid, *args, **kwargs)
 
-    def run(self, script, *args, timeout=60, env=None):
+    def run(self, script, *args, timeout=90, env=None):
         """Run a script to its end; the Process, whose `popen.returncode` is there."""
         process = self.start(script, *args, env=env)
         process.wait(timeout)

@@ -154,8 +154,8 @@ def wandb_steps(folder):
     """The steps of an offline run, read by wandb itself."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    items = [item for line in printed.splitlines() for item in json.loads(line).get("history", {}).get("item", [])]
-    return [json.loads(item["valueJson"]) for item in items if (item.get("key") or item["nestedKey"][0]) == "_step"]
+    records = map(json.loads, printed.splitlines())
+    return [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
 
 
 def port_is_free(port):
@@ -440,7 +440,7 @@ def test_stopped_server_leaves_all_up_to_the_last_finished_round(killed, name, c
     assert state["rows"] == list(range(1, last + 1)) and state["round"] == last
     assert state["picture"] and wandb_steps(state["folders"][-1]) == [last]
     assert f"stopping ({name};" in state["server"].out and state["server"].err == ""
-    assert f"checkpoint: {killed.ckps('Tiny') / 'server.ptl'}" in state["server"].out
+    assert str(killed.ckps("Tiny") / "server.ptl") in state["server"].out
 
 
 def test_picture_is_drawn_anew_at_each_stop(killed):
@@ -527,8 +527,7 @@ def refused(open_suite):
     (folders["best"] / "best.ptl").write_bytes(whole[: len(whole) // 2])
     before = {name: sorted(path.read_bytes() for path in folder.iterdir()) for name, folder in folders.items()}
     servers = {name: suite.server("--dataset", "Tiny", "--resume") for name, suite in suites.items()}
-    codes = {name: server.wait(120) if name != "best" else None for name, server in servers.items()}
-    return servers, folders, codes, before
+    return servers, folders, before
 
 
 @pytest.mark.parametrize(
@@ -544,8 +543,8 @@ def refused(open_suite):
     ],
 )
 def test_resume_from_what_does_not_fit_is_refused_with_its_reason(refused, name, reason):
-    servers, folders, codes, before = refused
-    assert codes[name] == 2, servers[name]
+    servers, folders, before = refused
+    assert servers[name].wait() == 2, servers[name]
     assert len(servers[name].err.splitlines()) == 1 and re.search(reason, servers[name].err), servers[name]
     assert "server.ptl" in servers[name].err or name == "history"
     after = sorted(path.read_bytes() for path in folders[name].iterdir() if path.name != "server.lock")
@@ -596,16 +595,15 @@ def test_full_disk_read_only_folder_and_error_of_our_own(open_suite):
             (folder / "filler").write_bytes(bytes(2 << 20))
         client.wait_for("fit of round 2")
         play(suite, 2, {0: ""})
-        client.wait_for("fit of round 3")
-        play(suite, 3, {0: ""})
         assert server.wait() == 1, server
+        play(suite, 3, {0: ""})
+        client.wait_for("lost the server")
         (line,) = server.err.splitlines()
         assert line.startswith("server.py: cannot go on:") and "No space left on device" in line
         (folder / "filler").unlink()
         after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "metrics.png"}
         assert after["server.ptl"] == before["server.ptl"] and load(folder / "server.ptl")["round"] == 1
         assert list(history(suite)["round"])[:1] == [1] and set(after) <= set(before)
-        assert "server stopped before" in client.out or "lost the server" in client.out
 
         # Not writable at the start: nothing begins.
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
@@ -649,4 +647,4 @@ def fit(self, **kwargs):
     return real(self, **kwargs)
 script.Server.fit = fit
 """
-    assert start_patched(suite, "server", patch, "--num_clients", 1).wait() == 128 + signum
+    assert start_patched(suite, "server", patch, "--num_clients", 1).wait() in (130, 143)  # Flower does not say which

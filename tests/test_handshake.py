@@ -170,8 +170,9 @@ def sockets(process):
     """Of a process and its children: the addresses that listen, and those at the far end."""
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     found = [connection for member in tree for connection in member.net_connections()]
-    listening = {tuple(connection.laddr) for connection in found if connection.status == psutil.CONN_LISTEN}
-    return listening, {connection.raddr.ip.replace("::ffff:", "") for connection in found if connection.raddr}
+    listening = [connection.laddr for connection in found if connection.status == psutil.CONN_LISTEN]
+    far = [connection.raddr for connection in found if connection.raddr]
+    return {(ip.replace("::ffff:", ""), port) for ip, port in listening}, {ip.replace("::ffff:", "") for ip, _ in far}
 
 
 def test_nothing_listens_but_what_was_asked_for(met):

@@ -1,0 +1,132 @@
+"""Write what was measured into README.md, between its markers, so that no figure there is typed by hand.
+
+    python benchmarks/report.py
+
+Reads figure.csv (the history of the run that reproduces the published figure), soak.json, results.json and fp16.json.
+"""
+
+import json
+import re
+import statistics
+
+import pandas as pd
+from common import HERE, ROOT
+
+FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
+    .venv/bin/python server.py --num_clients 10 --num_rounds 100
+    .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
+SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
+
+
+def read(name):
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine(about):
+    packages = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "flwr", "wandb"))
+    return f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, {packages}; {about['date'][:10]}"
+
+
+def figure():
+    history = pd.read_csv(HERE / "figure.csv").set_index("round")
+    rows = [[current, *(f"{history[name][current]:.3f}" for name in SHOWN)] for current in (1, 10, 20, 50, 100)]
+    best = history["test_accuracy"].idxmax()
+    return (
+        "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch a round, Adam 1e-3, "
+        f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding, the server and the clients eleven "
+        "processes on one machine with 2 cores, one thread each:\n\n"
+        f"{table(['round', *SHOWN], rows)}\n\n"
+        f"The test accuracy is at its best in round {best}: {history['test_accuracy'][best]:.3f}. The run took "
+        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `benchmarks/figure.csv`. It was made "
+        f"with\n\n{FIGURE_COMMANDS}"
+    )
+
+
+def soak():
+    about = read("soak.json")
+    faulty, clean = about["faulty"], about["clean"]
+    rows = [[kind, counts["injected"], counts["survived"]] for kind, counts in faulty["faults"].items()]
+    gap = abs(faulty["test_accuracy"] - clean["test_accuracy"])
+    return (
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds under a hail of faults, and without any:\n\n"
+        f"{table(['fault', 'injected', 'survived'], rows)}\n\n"
+        f"Rows of the history lost: {faulty['rows_lost']}; double: {faulty['rows_double']}; processes left at the end: "
+        f"{faulty['processes_left']}. Rounds that a killed server had not saved yet and ran again: "
+        f"{faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
+        f"{clean['test_accuracy']:.3f}, a difference of {100 * gap:.1f} points. ({machine(about)}.)"
+    )
+
+
+def goal_of(line):
+    goals = [f"≤ {line['goal']:.2f}"] if line["goal"] is not None else []
+    goals += [f"≤ {line['limit']} {line['unit']}"] if line["limit"] is not None else []
+    return ", ".join(goals) + ("" if line["met"] in (None, True) else " (missed)")
+
+
+def bench():
+    about = read("results.json")
+    rows = [
+        [
+            line["name"],
+            f"{line['ours']:.3g} {line['unit']}",
+            f"{line['reference']:.3g} {line['unit']} ({line['against']})",
+            f"{line['ratio']['median']:.2f} ({line['ratio']['min']:.2f} to {line['ratio']['max']:.2f})",
+            line["n"],
+            goal_of(line),
+        ]
+        for line in about["rows"]
+    ]
+    wire, speed = about["wire"], about["images_per_second"]
+    return (
+        "`make bench` measures each figure beside its reference in the same run on the same work, in alternating "
+        "pairs. Medians; of the ratio the least and greatest too:\n\n"
+        f"{table(['what', 'ours', 'reference', 'ratio', 'n', 'goal'], rows)}\n\n"
+        f"{machine(about)}; one torch thread; data: {about['data']}. `partition.py` writes "
+        f"{speed['ours']:,.0f} images a second.\n\n"
+        f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
+        f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
+        f"{fp16()}\n\n"
+        "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
+        "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
+        "work): it starts a new process for each message.\n\n"
+        "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
+        "That path is untested: no GPU was at hand."
+    )
+
+
+def fp16():
+    about = read("fp16.json")
+    means = {kind: statistics.mean(values) for kind, values in about["last_5_rounds"].items()}
+    differences, spread = about["differences"], about["spread_float32"]
+    within = max(map(abs, differences)) <= max(spread, 0.01)
+    return (
+        f"There is no `--compress`. Over {about['num_rounds']} simulated rounds on {about['dataset']}, parameters sent "
+        f"as float16 gave a test accuracy of {means['float16']:.3f}, as they are {means['float32']:.3f} (means of the "
+        f"last 5 rounds and of n = {len(differences)} seeds; the differences are "
+        f"{', '.join(f'{difference:+.3f}' for difference in differences)}, the spread over seeds is {spread:.3f}): "
+        + ("within noise, but so few bytes are not what a round waits for." if within else "not within noise.")
+    )
+
+
+def main():
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for section in (figure, soak, bench):
+        name = section.__name__
+        text, count = re.subn(
+            f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
+            lambda match, section=section: f"{match[1]}{section()}\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+        assert count == 1, f"README.md has no markers for {name}"
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
