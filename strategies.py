@@ -124,7 +124,10 @@ class History:
         """Take over the rows of the rounds 1 to `last_round` from `path`. Raises ValueError when not all are there."""
         self.path, self.rows = Path(path), []
         if last_round:
-            table = pd.read_csv(self.path)[list(COLUMNS)].astype(float)
+            try:
+                table = pd.read_csv(self.path)[list(COLUMNS)].astype(float)
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"{path} is missing or damaged: {error}") from None
             table = table[table["round"] <= last_round]
             if list(table["round"]) != list(range(1, last_round + 1)):
                 raise ValueError(f"{path} has not one row for each of the rounds 1 to {last_round}")
