@@ -199,8 +199,8 @@ class FedAvg(strategy.FedAvg):
         headers = [data[: len(data) - array.nbytes] for data, array in zip(tensors, arrays)]
         self.expected = list(zip(self.model.state_dict(), arrays, headers))
         self.history = History(self.save_ckp_path.with_name("history.csv"), last_round)
-        self.best = max((row["test_accuracy"] for row in self.history.rows), default=-1.0)
-        self.row, self.arrays, self.started = None, None, None  # of the round that is under way
+        self.best = max((row["test_accuracy"] for row in self.history.rows if row["test_accuracy"] >= 0), default=-1.0)
+        self.row = self.arrays = self.devices = self.started = None  # of the round that is under way
         self.failures = 0
         self.error = None
         self.drawn = time.monotonic()

@@ -82,12 +82,22 @@ def bench():
         for line in about["rows"]
     ]
     wire, speed = about["wire"], about["images_per_second"]
+
+    def ratio(number, against):
+        lines = [line for line in about["rows"] if line["row"] == number and against in line["against"]]
+        return f"{lines[0]['ratio']['median']:.2f}"
+
     return (
         "`make bench` measures each figure beside its reference in the same run on the same work, in alternating "
         "pairs. Medians; of the ratio the least and greatest too:\n\n"
         f"{table(['what', 'ours', 'reference', 'ratio', 'n', 'goal'], rows)}\n\n"
         f"{machine(about)}; one torch thread; data: {about['data']}. `partition.py` writes "
         f"{speed['ours']:,.0f} images a second.\n\n"
+        f"Where the rest goes: a whole round takes {ratio(5, 'its slowest fit')} times its slowest fit, for the devices "
+        "then measure the averaged model on their eval images, which `global_eval_*` is made of; it takes "
+        f"{ratio(5, 'evaluate')} times both together. Partitioning takes {ratio(6, 'np.save of')} times as long as saving "
+        "alone, for the archive has to be decompressed first, which takes as long again; it takes "
+        f"{ratio(6, 'reading')} times reading and saving.\n\n"
         f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
         f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
         f"{fp16()}\n\n"
@@ -95,7 +105,7 @@ def bench():
         "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
         "work): it starts a new process for each message.\n\n"
         "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
-        "That path is untested: no GPU was at hand."
+        "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
     )
 
 
@@ -113,9 +123,8 @@ def fp16():
     )
 
 
-def main():
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
+def render(text):
+    """README.md's `text` with all sections between markers written anew."""
     for section in (figure, soak, bench):
         name = section.__name__
         text, count = re.subn(
@@ -125,7 +134,12 @@ def main():
             flags=re.DOTALL,
         )
         assert count == 1, f"README.md has no markers for {name}"
-    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def main():
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

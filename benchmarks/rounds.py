@@ -1,12 +1,11 @@
 """Row 4 of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run by bench.py, as
 
     python benchmarks/rounds.py server ours NUM_CLIENTS PORT
-    python benchmarks/rounds.py clients NUM_CLIENTS PORT
+    python benchmarks/rounds.py clients FIRST_CID NUM_CLIENTS PORT
 
-Beside `ours`, `plain` is Flower's Server and FedAvg as they come, which have few clients at work at a time, and `wide`
-the same with all clients at work at once, which ours has, and which real devices need. A server reads a number from its
-input, runs that many rounds of fit and evaluate, and prints the seconds that they took; at the end of its input it
-prints its memory. Clients are threads that answer at once.
+Beside `ours`, `plain` is Flower's Server and FedAvg as they come, which have few clients at work at a time. A server
+reads a number from its input, runs that many rounds of fit and evaluate, and prints the seconds that they took; at the
+end of its input it prints its memory. Clients are threads that answer at once.
 """
 
 import json
@@ -21,7 +20,7 @@ import grpc
 from common import memory_of
 from flwr.client import NumPyClient, start_client
 from flwr.common import ndarrays_to_parameters
-from flwr.server import Server, ServerConfig, SimpleClientManager, start_server
+from flwr.server import ServerConfig, start_server
 from flwr.server import strategy as flower
 
 from nets import Net, fingerprint, get_arrays
@@ -67,9 +66,6 @@ def serve(kind, num_clients, port):
     if kind != "ours":
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
-        if kind == "wide":
-            parts["server"] = Server(client_manager=SimpleClientManager(), strategy=parts["strategy"])
-            parts["server"].set_max_workers(num_clients)
     else:
         import server
         import strategies
@@ -104,7 +100,7 @@ class Echo(NumPyClient):
         return 1.0, 1000, {"global_eval_loss": 1.0, "global_eval_accuracy": 0.5}
 
 
-def be_clients(num_clients, port):
+def be_clients(first_cid, num_clients, port):
     print_of_net = fingerprint(Net(3, 10))
 
     def stay(cid):
@@ -116,7 +112,7 @@ def be_clients(num_clients, port):
             except grpc.RpcError:
                 time.sleep(0.2)  # the server is not up yet
 
-    for cid in range(num_clients):
+    for cid in range(first_cid, first_cid + num_clients):
         threading.Thread(target=stay, args=(cid,), daemon=True).start()
     sys.stdin.read()  # to its end, which is that of bench.py
     os._exit(0)
@@ -128,4 +124,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "server":
         serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        be_clients(int(sys.argv[2]), int(sys.argv[3]))
+        be_clients(*map(int, sys.argv[2:]))

@@ -1,0 +1,66 @@
+"""deploy/demo.sh, which `make demo` runs, from its first line to its end, and to its end by Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+
+@pytest.fixture
+def demo(suite):
+    """Starts the demo in the suite, as a process group of its own; kills what is left of it in the end."""
+    (suite.root / ".venv").symlink_to(sys.prefix)
+    started = []
+
+    def start(**env):
+        log = open(suite.root / "demo.log", "w")
+        process = subprocess.Popen(
+            ["bash", suite.root / "deploy" / "demo.sh"],
+            env={**suite.env, "NUM_CLIENTS": "2", **env},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
+    process = demo(NUM_ROUNDS="2", https_proxy="http://127.0.0.1:1")  # where nobody listens: no way to CIFAR-10
+    assert process.wait(120) == 0, (suite.root / "demo.log").read_text()
+    output = (suite.root / "demo.log").read_text()
+    assert output.count("CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10") == 1
+    assert "Traceback" not in output and "round 2/2" in output
+    folder = suite.ckps("Shapes10")
+    assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
+    assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()
+    assert all("training is over" in (folder / f"client_{cid}.log").read_text() for cid in range(2))
+
+
+def test_ctrl_c_ends_all_processes_of_the_demo(suite, demo):
+    process = demo(DATASET="Shapes10", NUM_ROUNDS="1000")
+    history = suite.ckps("Shapes10") / "history.csv"
+    until = time.monotonic() + 90
+    while not history.exists():
+        assert time.monotonic() < until and process.poll() is None, (suite.root / "demo.log").read_text()
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    assert process.wait(60) == 130
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert (suite.ckps("Shapes10") / "metrics.png").exists()
