@@ -6,7 +6,7 @@
 
 SETUP_PYTHON ?= python3
 PYTHON := .venv/bin/python
-INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := @$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: setup demo test bench soak
 export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE
@@ -14,7 +14,7 @@ export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE
 setup: .venv/setup
 
 .venv/setup: requirements.txt constraints.txt
-	$(SETUP_PYTHON) -m venv .venv
+	@$(SETUP_PYTHON) -m venv .venv
 	@echo "installing requirements.txt into .venv; the first time this takes a minute or two"
 	$(INSTALL) --requirement requirements.txt
 	@touch $@

@@ -241,6 +241,7 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
     client.handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     threading.Thread(target=watch_silence, args=(client, port), daemon=True).start()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    os.environ["no_grpc_proxy"] = host  # straight to the server, as the probe goes, whatever proxy is set for the web
     certificate = root_certificate.read_bytes() if root_certificate is not None else None
     last_seen, tries, said = time.monotonic(), 0, None
     while True:

@@ -278,13 +278,14 @@ class Server(flwr.server.Server):
     def __init__(self, registry, strategy, min_clients=1, first_round=1):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
-        self.signum = None
+        self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
     def stop(self, signum, frame):
-        """The handler of SIGINT and SIGTERM; a second signal ends the process at once."""
-        if self.signum is not None:
+        """The handler of SIGINT and SIGTERM. Ctrl-C a second time, a second later or more, ends the process at once."""
+        if self.signum is None:
+            self.signum, self.stopped = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
             os._exit(128 + signum)
-        self.signum = signum
 
     def check(self):
         """Raise what should end the training early: a signal, or a failure to keep the record."""
@@ -582,7 +583,7 @@ def main():
         config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
         start_server(server_address=address, server=server, config=config, certificates=certificates)
     except Stopped:
-        say(f"stopping ({signal.Signals(server.signum).name}; once more to leave at once)")
+        say(f"stopping ({signal.Signals(server.signum).name}); Ctrl-C again leaves at once")
     except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
         code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
         if code == 1:
