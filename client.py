@@ -237,7 +237,6 @@ def watch_silence(client, port):
 
 def stay_connected(client, host, port, root_certificate, max_wait_time):
     """Serve the server until it says that training is over, through every loss of it. Returns the exit code."""
-
     client.handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     threading.Thread(target=watch_silence, args=(client, port), daemon=True).start()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
