@@ -68,13 +68,17 @@ def goal_of(line):
     return ", ".join(goals) + ("" if line["met"] in (None, True) else " (missed)")
 
 
+def shown(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def bench():
     about = read("results.json")
     rows = [
         [
             line["name"],
-            f"{line['ours']:.3g} {line['unit']}",
-            f"{line['reference']:.3g} {line['unit']} ({line['against']})",
+            f"{shown(line['ours'])} {line['unit']}",
+            f"{shown(line['reference'])} {line['unit']} ({line['against']})",
             f"{line['ratio']['median']:.2f} ({line['ratio']['min']:.2f} to {line['ratio']['max']:.2f})",
             line["n"],
             goal_of(line),
@@ -99,7 +103,8 @@ def bench():
         "devices measure the averaged model on their eval images, which is what `global_eval_*` needs; it takes "
         f"{ratio(5, 'evaluate')} times both together. Partitioning takes {ratio(6, 'np.save of')} times as long as "
         "saving alone, for the archive has to be decompressed and read, which by itself takes "
-        f"{(reading_too - saving) / saving:.2f} times as long; it takes {ratio(6, 'reading')} times reading and saving.\n\n"
+        f"{(reading_too - saving) / saving:.2f} times as long; it takes {ratio(6, 'reading')} times reading and "
+        "saving.\n\n"
         f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
         f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
         f"{fp16()}\n\n"
