@@ -16,6 +16,7 @@ import secrets
 import signal
 import socket
 import ssl
+import stat
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ from flwr.client import NumPyClient, start_client
 
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
 from engines import client_fit_fn, run_epoch
-from nets import Net, fingerprint, get_arrays, set_arrays
+from nets import Net, fingerprint, get_arrays, save_checkpoint, set_arrays
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -142,14 +143,9 @@ class Client(NumPyClient):
             started = time.monotonic()
             self.set_parameters(parameters)
             metrics = client_fit_fn(
-                self.loaders,
-                self.model,
-                config.get("num_epochs", 1),
-                self.device,
-                self.save_ckp_path,
-                lr=config.get("lr", 1e-3),
-                about={**self.about, "round": config.get("round")},
+                self.loaders, self.model, config.get("num_epochs", 1), self.device, lr=config.get("lr", 1e-3)
             )
+            self.save({**self.about, "round": config.get("round"), "metrics": metrics})
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
             say(f"{title}  {figures}  {time.monotonic() - started:.1f} s")
@@ -157,6 +153,14 @@ class Client(NumPyClient):
         except Exception as error:
             traceback.print_exc()
             return [], 0, {"error": f"{type(error).__name__}: {error}"}
+
+    def save(self, about):
+        """Save the local model; where the disk is full or read-only, say so, for the round does not depend on it."""
+        if self.save_ckp_path is not None:
+            try:
+                save_checkpoint(self.save_ckp_path, self.model, about)
+            except OSError as error:
+                say(f"cannot save {self.save_ckp_path}: {error.strerror}")
 
     @answers
     def evaluate(self, parameters, config):
@@ -210,29 +214,44 @@ def probe(host, port, root_certificate):
             raise UserError(f"the server at {address} speaks TLS: give its ca.pem as --root_certificate")
         return f"what answers at {address} is not the server"
     except ssl.SSLCertVerificationError as error:
+        if error.verify_code == 9:  # X509_V_ERR_CERT_NOT_YET_VALID: a Pi without a clock has to ask the time first
+            return f"the certificate of the server at {address} is not valid yet by this device's clock"
         raise UserError(
             f"the certificate of the server at {address} does not fit {root_certificate}: {error.verify_message}"
         ) from None
+    except ssl.SSLEOFError:
+        return f"the server at {address} hangs up"
     except ssl.SSLError:
         raise UserError(f"the server at {address} does not speak TLS: leave out --root_certificate") from None
     except OSError as error:
         return f"no server at {address} ({error.strerror or error})"
+    except UnicodeError:
+        raise UserError(f"--server_address {host} is neither a name nor an IP address") from None
+
+
+def hang_up(port):
+    """Shut down this process's TCP connections to `port`.
+
+    gRPC, asked to close a channel, would wait until what it still has to send is gone: on a dead link a quarter of an
+    hour at worst.
+    """
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    if sock.getpeername()[1:2] == (port,):
+                        sock.shutdown(socket.SHUT_RDWR)
 
 
 def watch_silence(client, port):
     """Hang up, for ever watching, whenever the server has been silent for SILENCE seconds though it is its turn.
 
-    A cut that no packet tells of looks like silence. The TCP connection itself is shut down: gRPC, asked to close a
-    channel, would wait until what it still has to send is gone, a quarter of an hour at worst.
+    A cut that no packet tells of looks like silence.
     """
     while True:
         time.sleep(1)
-        if not client.listening or time.monotonic() - client.last_heard < SILENCE:
-            continue
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as sock:
-                if sock.getpeername()[1:2] == (port,):
-                    sock.shutdown(socket.SHUT_RDWR)
+        if client.listening and time.monotonic() - client.last_heard >= SILENCE:
+            hang_up(port)
 
 
 def stay_connected(client, host, port, root_certificate, max_wait_time):
@@ -256,9 +275,9 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
                     insecure=certificate is None,
                 )
                 problem = client.notice.get("stopped")
-            except grpc.RpcError as error:
+            except (grpc.RpcError, StopIteration) as error:  # the latter: it closed the connection in good order
                 problem = f"lost the server at {address}"
-                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                     problem = "the server did not wait for us any longer"
                 elif time.monotonic() - client.last_heard >= SILENCE:
                     problem = f"nothing heard from the server for {SILENCE} s"

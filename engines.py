@@ -75,7 +75,7 @@ def client_fit_fn(
 
     Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
     trained, and those of the trained model. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to
-    `save_ckp_path` if given. `training_verbose` shows a bar a pass, on a terminal.
+    `save_ckp_path` if given, and raises OSError if it cannot. `training_verbose` shows a bar a pass, on a terminal.
     """
     model.to(device)
     optimizer = Adam(model.parameters(), lr)

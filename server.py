@@ -133,7 +133,7 @@ class Registry(SimpleClientManager):
         self.num_clients, self.expected, self.secret = num_clients, expected, secret
         self.connections = set()  # Flower's ids of the open ones, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
-        self.closed = False
+        self.closed, self.notice = False, {}  # no more clients, and what they are told
 
     def register(self, client):
         if self.closed:
@@ -164,12 +164,16 @@ class Registry(SimpleClientManager):
         try:
             res = proxy.get_properties(GetPropertiesIns({"nonce": nonce}), HANDSHAKE_TIMEOUT, 0)
         except Exception:
+            proxy.bridge.close()
             return
         properties = res.properties if res.status.code == Code.OK else {}
         reason = self._why_not(properties, nonce)
         if reason is None:
             device = Device(proxy, properties)
             reason = self._admit(device)
+        if reason is not None and self.closed:
+            self._send_away(proxy, self.notice)
+            return
         if reason is not None:
             say(f"turned away cid {printable(properties.get('cid', 'unknown'), 20)}: {reason}")
             self._send_away(proxy, {"turned_away": reason})
@@ -254,11 +258,13 @@ class Registry(SimpleClientManager):
     def close(self, notice):
         """Admit nobody any more, and send all clients away, with a notice to those that can hear it: the idle ones."""
         with self._cv:
-            devices = [] if self.closed else list(self.clients.values())
-            self.closed = True
+            if self.closed:
+                return
+            self.closed, self.notice = True, notice
+            devices = list(self.clients.values())
 
         def end(device):
-            if device.lock.acquire(timeout=1):
+            if device.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
                 self._send_away(device.proxy, notice)
             device.close()
 
@@ -368,9 +374,9 @@ def check_address(host, port):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
         return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
-    except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        reason = "the port is in use; choose another with --server_port" if in_use else error.strerror or error
+    except (OSError, UnicodeError) as error:
+        in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = "the port is in use; choose another with --server_port" if in_use else error
         raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
@@ -470,7 +476,10 @@ def start_wandb(dataset, run_id, config):
         except Exception as error:
             why = printable(error)
             mode = "offline"
-    run = wandb.init(mode=mode, **options)
+    try:
+        run = wandb.init(mode=mode, **options)
+    except Exception as error:
+        raise UserError(f"Weights & Biases cannot start with WANDB_MODE={mode}: {printable(error)}") from None
     if mode != "offline":
         return run, f"curves: WANDB_MODE is {mode}"
     return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
@@ -583,7 +592,7 @@ def main():
         config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
         start_server(server_address=address, server=server, config=config, certificates=certificates)
     except Stopped:
-        say(f"stopping ({signal.Signals(server.signum).name}); Ctrl-C again leaves at once")
+        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
     except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
         code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
         if code == 1:

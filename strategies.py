@@ -323,14 +323,15 @@ class FedAvg(strategy.FedAvg):
         if self.test_loaders is not None:
             set_arrays(self.model, arrays)
             row.update(server_test_fn(self.test_loaders, self.model))
-            if row["test_accuracy"] > self.best:
-                self.best = row["test_accuracy"]
-                self._save_checkpoint("best.ptl", row, arrays)
         return row, arrays, devices
 
     def _save(self, tested):
         """Save tested rounds. The checkpoint comes last: a killed run goes on from it and drops later rows."""
         self.history.extend(row for row, _, _ in tested)
+        for row, arrays, _ in tested:
+            if row["test_accuracy"] > self.best:
+                self.best = row["test_accuracy"]
+                self._save_checkpoint("best.ptl", row, arrays)
         self._save_checkpoint(self.save_ckp_path.name, *tested[-1][:2])
         for row, _, devices in tested:
             if self.log is not None:

@@ -11,17 +11,17 @@ partition() {
     "$python" partition.py --dataset "$dataset" --num_clients "$num_clients" ${SOURCE:+--source "$SOURCE"}
 }
 
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 if ! partition; then
     [ -z "${DATASET:-}${SOURCE:-}" ] || exit 2
     echo "CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10, which is drawn here"
     dataset=Shapes10
     partition || exit 2
 fi
-
-processes=()
-trap 'kill "${processes[@]}" 2>/dev/null; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 "$python" server.py --server_port "$port" --dataset "$dataset" --num_clients "$num_clients" --num_rounds "$num_rounds" &

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make what TLS needs: a certificate authority of your own, and a certificate for the server under each ADDRESS by
-# which clients call it. Writes ca.pem, ca.key, server.pem and server.key to the folder certificates/.
+# which clients call it. Writes ca.pem, ca.key, server.pem and server.key to the folder certificates/; an authority
+# that is there already is kept, so that the clients' ca.pem stays good.
 #     deploy/make_certificates.sh 192.168.1.10 laptop.local
 set -eu
 if [ $# -eq 0 ]; then
@@ -24,7 +25,7 @@ trap 'rm -f "$log" server.csr server.ext' EXIT
 quietly() {
     "$@" 2>"$log" || { cat "$log" >&2; exit 1; }
 }
-quietly openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=FL-IoT certificate authority" \
+[ -f ca.key ] || quietly openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=FL-IoT certificate authority" \
     -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem
 quietly openssl req -newkey rsa:3072 -nodes -subj "/CN=FL-IoT server" -keyout server.key -out server.csr
 cat >server.ext <<EOF

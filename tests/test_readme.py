@@ -32,7 +32,7 @@ def test_flags_exist():
 
 def test_files_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"(?:^ {4}|`)make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"\(((?:benchmarks|docs)/[\w./-]+)\)", README):
         assert (ROOT / path).exists(), path
@@ -41,7 +41,7 @@ def test_files_and_targets_exist():
 def test_five_lines_use_a_trained_model(tiny):
     """The README's own lines, run as they stand beside a checkpoint and a picture."""
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    assert len(code.strip().splitlines()) <= 5
+    assert len([line for line in code.splitlines() if line]) <= 5
     torch.manual_seed(0)
     classes = [f"class {number}" for number in range(10)]
     tiny.ckps("CIFAR10").mkdir(parents=True)

@@ -1,0 +1,71 @@
+"""What the client does on its own: hanging up, a server that ends the connection, a disk that is full."""
+
+import os
+import socket
+
+from libs import UserError
+
+import pytest
+import torch
+
+import client
+from nets import LeNet5
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A client with four random images, which saves to a folder that can be taken away."""
+    images, labels = torch.rand(4, 1, 32, 32), torch.tensor([0, 1, 0, 1])
+
+    class Loader(list):
+        dataset = labels
+
+    loaders = {"fit": Loader([(images, labels)]), "eval": Loader([(images, labels)])}
+    return client.Client(LeNet5(1, 2), loaders, save_ckp_path=tmp_path / "client_0.ptl")
+
+
+def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        near = socket.create_connection(server.getsockname())
+        bystander = socket.create_connection(other.getsockname())
+        far, _ = server.accept()
+        far_bystander, _ = other.accept()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            client.hang_up(server.getsockname()[1])
+        assert len(os.listdir("/proc/self/fd")) == before
+        far.settimeout(5)
+        assert far.recv(1) == b""
+        bystander.sendall(b"x")
+        assert far_bystander.recv(1) == b"x"
+        for sock in (near, bystander, far, far_bystander):
+            sock.close()
+
+
+def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(trainer, monkeypatch, capsys):
+    monkeypatch.setattr(client, "probe", lambda *args: None)
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    ends = iter([StopIteration, None])
+
+    def start_client(**kwargs):
+        end = next(ends)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(client, "start_client", start_client)
+    monkeypatch.setattr(client, "watch_silence", lambda *args: None)
+    assert client.stay_connected(trainer, "127.0.0.1", 1, None, 60) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["lost the server at 127.0.0.1:1; trying again", "training is over"]
+
+
+def test_round_does_not_depend_on_the_disk_of_the_device(trainer, capsys):
+    trainer.save_ckp_path.parent.rmdir()
+    parameters, num_examples, metrics = trainer.fit(trainer.get_parameters({}), {"round": 1})
+    assert len(parameters) == 20 and num_examples == 4 and metrics["fit_loss"] > 0
+    assert "cannot save" in capsys.readouterr().out
+
+
+def test_mistyped_address_is_said(trainer):
+    with pytest.raises(UserError, match="192.168.1..10"):
+        client.probe("192.168.1..10", 8080, None)
