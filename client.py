@@ -29,7 +29,7 @@ from flwr.client import NumPyClient, start_client
 
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
 from engines import client_fit_fn, run_epoch
-from nets import Net, fingerprint, get_arrays, save_checkpoint, set_arrays
+from nets import Net, fingerprint, get_arrays, set_arrays
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -143,9 +143,14 @@ class Client(NumPyClient):
             started = time.monotonic()
             self.set_parameters(parameters)
             metrics = client_fit_fn(
-                self.loaders, self.model, config.get("num_epochs", 1), self.device, lr=config.get("lr", 1e-3)
+                self.loaders,
+                self.model,
+                config.get("num_epochs", 1),
+                self.device,
+                self.save_ckp_path,
+                lr=config.get("lr", 1e-3),
+                about={**self.about, "round": config.get("round")},
             )
-            self.save({**self.about, "round": config.get("round"), "metrics": metrics})
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
             say(f"{title}  {figures}  {time.monotonic() - started:.1f} s")
@@ -153,14 +158,6 @@ class Client(NumPyClient):
         except Exception as error:
             traceback.print_exc()
             return [], 0, {"error": f"{type(error).__name__}: {error}"}
-
-    def save(self, about):
-        """Save the local model; where the disk is full or read-only, say so, for the round does not depend on it."""
-        if self.save_ckp_path is not None:
-            try:
-                save_checkpoint(self.save_ckp_path, self.model, about)
-            except OSError as error:
-                say(f"cannot save {self.save_ckp_path}: {error.strerror}")
 
     @answers
     def evaluate(self, parameters, config):

@@ -6,7 +6,7 @@ A loader is anything with a length that yields (float32 B×C×H×W, int64 B): da
 import math
 import sys
 
-from libs import nn, torch, tqdm
+from libs import nn, say, torch, tqdm
 
 from nets import save_checkpoint
 
@@ -75,7 +75,8 @@ def client_fit_fn(
 
     Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
     trained, and those of the trained model. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to
-    `save_ckp_path` if given, and raises OSError if it cannot. `training_verbose` shows a bar a pass, on a terminal.
+    `save_ckp_path` if given; where that cannot be written it only says so, for the result does not depend on it.
+    `training_verbose` shows a bar a pass, on a terminal.
     """
     model.to(device)
     optimizer = Adam(model.parameters(), lr)
@@ -91,7 +92,10 @@ def client_fit_fn(
         "eval_accuracy": eval_accuracy,
     }
     if save_ckp_path is not None:
-        save_checkpoint(save_ckp_path, model, {**(about or {}), "metrics": metrics})
+        try:
+            save_checkpoint(save_ckp_path, model, {**(about or {}), "metrics": metrics})
+        except OSError as error:
+            say(f"cannot save {save_ckp_path}: {error.strerror}")
     return metrics
 
 
