@@ -185,7 +185,9 @@ class FedAvg(strategy.FedAvg):
         log=None,
         **kwargs,
     ):
-        kwargs.setdefault("initial_parameters", ndarrays_to_parameters(get_arrays(initial_model)))
+        arrays = get_arrays(initial_model)
+        initial = ndarrays_to_parameters(arrays)
+        kwargs.setdefault("initial_parameters", initial)
         kwargs.setdefault("fit_metrics_aggregation_fn", metrics_aggregation_fn)
         kwargs.setdefault("evaluate_metrics_aggregation_fn", metrics_aggregation_fn)
         super().__init__(*args, **kwargs)
@@ -194,9 +196,7 @@ class FedAvg(strategy.FedAvg):
         self.test_loaders, self.about = test_loaders, about or {}
         self.on_row, self.on_drop, self.log = on_row, on_drop, log
         self.model = copy.deepcopy(initial_model)  # the worker's own, to test and save
-        arrays = get_arrays(self.model)
-        tensors = ndarrays_to_parameters(arrays).tensors
-        headers = [data[: len(data) - array.nbytes] for data, array in zip(tensors, arrays)]
+        headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
         self.expected = list(zip(self.model.state_dict(), arrays, headers))
         self.history = History(self.save_ckp_path.with_name("history.csv"), last_round)
         self.best = max((row["test_accuracy"] for row in self.history.rows if row["test_accuracy"] >= 0), default=-1.0)
