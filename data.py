@@ -26,7 +26,7 @@ def describe_dataset(dataset, folder):
             assert info["channels"] in (1, 3) and info["classes"] == [str(name) for name in info["classes"]]
         except (ValueError, TypeError, AssertionError):
             raise UserError(f"{path} is damaged: run partition.py again") from None
-    return {"channels": info["channels"], "classes": info["classes"]}
+    return {"channels": info["channels"], "classes": info["classes"], "num_clients": info.get("num_clients")}
 
 
 def read_table(path, num_classes, phases=()):

@@ -5,18 +5,25 @@ All other modules import from here, by name; wandb and matplotlib are not here, 
 
 import argparse
 import contextlib
+import hashlib
+import hmac
 import importlib
+import ipaddress
 import logging
 import os
 import re
 import signal
+import socket
+import stat
 import sys
+import threading
 from pathlib import Path
 
 # Before flwr, grpc and cv2 are imported: nothing phones home, and C code keeps its riddles to itself.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # the system's, which knows the names that end in .local
 
 from tqdm import tqdm
 
@@ -33,6 +40,7 @@ def __getattr__(name):
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"
+KEEPALIVE = 30  # seconds until a connection whose other side has vanished is ended
 
 
 class UserError(Exception):
@@ -87,19 +95,198 @@ def number(kind, low, high=float("inf"), inside=False):
     return parse
 
 
+def plain_args(args):
+    """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def read_secret(path):
+    """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
+    if path is None:
+        return None
+    try:
+        if path.stat().st_mode & 0o077:
+            raise UserError(f"secret file {path} can be read by others: chmod 600 {path}")
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None
+    if not secret:
+        raise UserError(f"secret file {path} is empty")
+    return secret
+
+
+def prove(secret, nonce, cid):
+    """The answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
+    return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
+
+
+def printable(value, limit=200):
+    """What a device sent, as one short line that a terminal can show."""
+    text = " ".join(str(value).split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def split_address(text, port=None, default=8080):
+    """What the user gave as an address, taken apart: (host, port), the host without brackets, IPv6 zones kept.
+
+    Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is what was
+    given as a port of its own, or None. Raises UserError for what can never be reached, rather than try for minutes.
+    """
+    rest = re.sub(r"^\w+://", "", text.strip()).rstrip("/")
+    host, colon, tail = rest, "", ""
+    if rest.startswith("["):
+        host, bracket, tail = rest[1:].partition("]")
+        colon, tail = tail[:1], tail[1:]
+        if not bracket or ":" not in host or colon not in ("", ":"):
+            raise UserError(f"--server_address {text} is neither a name nor an IP address")
+    elif rest.count(":") == 1:
+        host, colon, tail = rest.partition(":")
+    address, percent, zone = host.partition("%")
+    try:
+        ip = ipaddress.ip_address(address)
+        if percent and not (zone and ip.version == 6):
+            raise ValueError
+        if ip.version == 6 and ip.is_link_local and not zone:
+            raise UserError(f"--server_address {text} needs the network card, as in {address}%eth0")
+    except ValueError:
+        name = r"(\w([\w-]{0,61}\w)?\.)*(?!\d+$)\w([\w-]{0,61}\w)?\.?"  # the last part is no number: that's a bad IP
+        if len(host) > 253 or re.fullmatch(name, host) is None:
+            raise UserError(f"--server_address {text} is neither a name nor an IP address") from None
+    if not colon:
+        return host, default if port is None else port
+    if not re.fullmatch(r"[0-9]{1,5}", tail) or not 0 < int(tail) < 65536:
+        raise UserError(f"--server_address {text} has {tail or 'nothing'!r} for a port, not a number from 1 to 65535")
+    if port not in (None, int(tail)):
+        raise UserError(f"--server_address {text} and --server_port {port} name two ports")
+    return host, int(tail)
+
+
+def join_address(host, port):
+    """The two as one word: "host:port", "[::1]:port"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def keep_alive(sock):
+    """Have the kernel ask the other side's kernel whether it is still there, and end the connection where it is not.
+
+    So one that vanishes is noticed within KEEPALIVE seconds, while one that is merely busy, for however long, answers.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE // 2),
+        ("TCP_KEEPALIVE", KEEPALIVE // 2),  # macOS's name for it
+        ("TCP_KEEPINTVL", KEEPALIVE // 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * KEEPALIVE),  # the same for what is sent and not acknowledged
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def tcp_sockets(port, far=False):
+    """This process's TCP connections from the local port `port`, or with `far` those to the port `port`, one at a time.
+
+    Each is a copy of the socket, closed when the next is asked for. Where the system has no /dev/fd (Windows), nothing.
+    """
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else []:
+        with contextlib.suppress(OSError):  # closed in the meantime, or not connected
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as sock:
+                    near, peer = sock.getsockname(), sock.getpeername()
+                    if sock.family in (socket.AF_INET, socket.AF_INET6) and (peer if far else near)[1] == port:
+                        yield sock
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process: what it prints, its signals, its end, its files.
+
+
+class Steady:
+    """A text stream to print to, whatever becomes of it: a full disk, a closed pipe, a terminal that is gone.
+
+    What cannot be written is lost, or written later; no one who prints is told.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def steady_streams():
+    """Make printing safe for the rest of the process: nothing that is said may end what is done."""
+    while True:  # a stream that was closed by the caller leaves its number to the next file or connection, so hold it
+        number = os.open(os.devnull, os.O_RDWR)
+        if number > 2:
+            os.close(number)
+            break
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks our letters
+        if not isinstance(stream, Steady):
+            setattr(sys, name, Steady(stream))
+
+
+def on_signal(act):
+    """Call `act(signum)`, in a thread of its own, for each SIGINT and SIGTERM from now on.
+
+    The handlers themselves do nothing. An exception that a handler raises inside gRPC deadlocks the process for good
+    (grpc 19973, 20026), and a handler waits for the main thread to leave C code. The number of a signal is written to a
+    socket at once, whatever the main thread does, and read here. From now on the process ends by os._exit (run_script),
+    for the ends of gRPC's threads cannot be trusted either.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch():
+        while True:
+            for signum in reader.recv(64):
+                act(signum)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    mute_handlers()
+    on_signal.writer = writer  # kept open; also says that signals are watched
+
+
+def mute_handlers():
+    """Give SIGINT and SIGTERM handlers that do nothing (on_signal has their numbers), in place of any others."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: None)
+
+
 def run_script(main):
     """Run a script's `main` and end the process with its exit code: 2 for a UserError, 130 or 143 for a signal."""
 
     def leave(signum, frame):
+        for other in (signal.SIGINT, signal.SIGTERM):  # the first one decides; what ends is not interrupted
+            signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
+    steady_streams()
     try:
-        sys.exit(main())
+        code = main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    sys.stdout.flush()
+    if hasattr(on_signal, "writer"):
+        os._exit(code)
+    sys.exit(code)
 
 
 def say(text, file=None):
@@ -114,22 +301,24 @@ def quiet_flower():
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def claim(path):
-    """Hold the file `path` for this process, until it ends: the open file, or None where another process holds it."""
-    import fcntl  # Unix only
+def lock_file(path):
+    """Lock the file `path` for this process, until it ends: the lock, to be kept, or None where another process has it.
+
+    The file holds nothing: on some systems locking empties it. Raises OSError where it cannot be made.
+    """
+    from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="ascii")
+    lock = FileLock(str(path))
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire(timeout=0)
+    except Timeout:
         return None
-    return file
+    return lock
 
 
 @contextlib.contextmanager
-def written_whole(path):
+def atomic_write(path):
     """Give a path to write to; what was written gets the name `path` when the block ends well, and else vanishes.
 
     The file is on the disk before it is renamed, so that a power cut leaves the old file or the new one.
@@ -138,7 +327,7 @@ def written_whole(path):
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
-        with open(part, "rb") as file:
+        with open(part, "rb+") as file:  # "+": Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:

@@ -23,20 +23,46 @@ import time
 import traceback
 from pathlib import Path
 
-from libs import CKPS, DATASETS, ROOT, UserError, claim, new_parser, number, quiet_flower, run_script, say, tqdm
+from libs import (
+    CKPS,
+    DATASETS,
+    KEEPALIVE,
+    ROOT,
+    UserError,
+    keep_alive,
+    lock_file,
+    mute_handlers,
+    new_parser,
+    np,
+    number,
+    on_signal,
+    plain_args,
+    printable,
+    prove,
+    quiet_flower,
+    read_secret,
+    run_script,
+    say,
+    split_address,
+    tcp_sockets,
+    tqdm,
+)
 
 import flwr.server
 from flwr.common import Code, GetPropertiesIns, ReconnectIns
 from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
-from client import plain_args, prove, read_secret
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
-from nets import Net, fingerprint, load_checkpoint
-from strategies import FedAvg, History, printable
+from nets import build_net, fingerprint, load_checkpoint, same_trial, trial
+from strategies import FedAvg, History
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
+BUSY = KEEPALIVE  # seconds after which the connection of a client that is busy has shown that it is alive
 HANDSHAKE_TIMEOUT = 10  # seconds
+READY_TIMEOUT = 120  # seconds for a client to read its shard anew, if it has to
+MALFORMED = (TypeError, ValueError)  # what Flower raises on an answer that is none
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
@@ -46,8 +72,10 @@ def parse_args():
     parser = new_parser(__doc__)
     positive = number(float, 0, inside=True)
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
-    parser.add_argument("--server_port", type=number(int, 1, 65535), default=8080, help="port to listen on")
-    parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of clients, with cids from 0")
+    parser.add_argument("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
+    parser.add_argument(
+        "--num_clients", type=number(int, 1), help="number of clients, with cids from 0 (default: as many as shards)"
+    )
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
@@ -59,11 +87,21 @@ def parse_args():
         "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
+    parser.add_argument("--net", default="LeNet5", help="net to train, one of nets.py's: the devices build it too")
     args = parser.parse_args()
+    args.server_address, args.server_port = split_address(args.server_address, args.server_port)
+    return args
+
+
+def count_clients(args, shards):
+    """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has cut, None if unknown."""
+    if args.num_clients is None:
+        args.num_clients = shards or 10
+    elif shards not in (None, args.num_clients):
+        say(f"note: {args.dataset} was cut into {shards} shards, and --num_clients is {args.num_clients}")
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
-    return args
 
 
 class Stopped(Exception):
@@ -78,13 +116,17 @@ class DeviceFailure(Exception):
         self.cid = cid
 
 
+class TurnedAway(Exception):
+    """A client that may not take part; the text says why, to it and to the user."""
+
+
 class Device(ClientProxy):
     """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time."""
 
     def __init__(self, proxy, properties):
         super().__init__(str(properties["cid"]))
-        self.proxy, self.device_id = proxy, properties["device_id"]
-        self.lock = threading.Lock()
+        self.proxy, self.properties = proxy, properties
+        self.lock = threading.Lock()  # held while it has a question to answer
         self.gone = threading.Event()
 
     def _ask(self, method, ins, timeout, group_id):
@@ -93,7 +135,9 @@ class Device(ClientProxy):
             raise DeviceFailure(self.cid, f"no answer within {timeout:g} s")
         try:
             return getattr(self.proxy, method)(ins, timeout, group_id)
-        except Exception:
+        except MALFORMED as error:
+            raise DeviceFailure(self.cid, f"malformed answer: {printable(error)}") from error
+        except GrpcBridgeClosed:
             late = timeout is not None and time.monotonic() - started >= timeout
             raise DeviceFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
         finally:
@@ -105,15 +149,38 @@ class Device(ClientProxy):
     evaluate = functools.partialmethod(_ask, "evaluate")
     reconnect = functools.partialmethod(_ask, "reconnect")
 
-    def beat(self):
-        """Say a word to the client, unless it is busy, so that both sides notice when the other is gone."""
-        if self.lock.acquire(blocking=False):
-            try:
-                self.proxy.get_properties(GetPropertiesIns({}), HEARTBEAT, 0)
-            except Exception:
-                self.close()
-            finally:
-                self.lock.release()
+    def heartbeat(self):
+        """Say a word to the client every HEARTBEAT seconds, unless it is busy, until it is gone.
+
+        So that both sides notice when the other is gone; where the client does not answer, its connection is ended.
+        """
+        while not self.gone.wait(HEARTBEAT):
+            if self.lock.acquire(blocking=False):
+                try:
+                    self._say_a_word()
+                finally:
+                    self.lock.release()
+
+    def is_alive(self):
+        """Whether the client is there, found out within BUSY + HEARTBEAT seconds; one that is not is let go.
+
+        A busy one cannot answer. But the kernel of a dead board does not answer TCP's keepalive either, so a
+        connection that lasts for BUSY seconds is alive.
+        """
+        if not self.lock.acquire(timeout=BUSY):
+            return not self.gone.is_set()
+        try:
+            return self._say_a_word()
+        finally:
+            self.lock.release()
+
+    def _say_a_word(self):
+        try:
+            self.proxy.get_properties(GetPropertiesIns({}), HEARTBEAT, 0)
+            return True
+        except (GrpcBridgeClosed, *MALFORMED):
+            self.close()
+            return False
 
     def close(self):
         """Fail the question under way, and end the connection."""
@@ -121,16 +188,63 @@ class Device(ClientProxy):
         self.proxy.bridge.close()
 
 
-class Registry(SimpleClientManager):
-    """The clients that take part, by cid. Flower registers each connection here; a handshake decides on it.
+def handshake(num_clients, task, secret=None):
+    """Decide on a client, without knowing how it is reached.
 
-    `expected` is what the clients must have like the server: dataset, net, fingerprint. With a `secret` (bytes) they
-    must also prove that they know it, before they get anything else.
+    A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
+    itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
+    channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial). With a `secret` (bytes) it must
+    first prove that it knows it, and learns nothing before.
     """
+    nonce = secrets.token_hex(16)
+    client = yield {"nonce": nonce}
+    cid = client.get("cid")
+    if secret is not None:
+        proof = client.get("proof")
+        if proof is None:
+            raise TurnedAway("the server asks for a secret: start the client with --secret_file")
+        if not hmac.compare_digest(str(proof).encode(), prove(secret, nonce, cid).encode()):
+            raise TurnedAway("its secret is not the server's")
+    if type(cid) is not int or not all(isinstance(client.get(name), str) for name in ("device_id", "process")):
+        raise TurnedAway("it is not this suite's client.py, or one of another version")
+    if not 0 <= cid < num_clients:
+        raise TurnedAway(f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})")
+    if client.get("dataset") != task["dataset"]:
+        raise TurnedAway(f"its dataset is {printable(client.get('dataset'), 40)}, the server's is {task['dataset']}")
 
-    def __init__(self, num_clients, expected, secret=None):
+    question = {"net": task["net"]}
+    if task["dataset_id"] is not None:
+        question["dataset_id"] = task["dataset_id"]
+    ready = yield question
+    for name, what in (("num_classes", "classes"), ("channels", "colour channels")):
+        if ready.get(name) != task[name]:
+            raise TurnedAway(f"its dataset has {printable(ready.get(name), 40)} {what}, the server's has {task[name]}")
+    if task["dataset_id"] not in (None, ready.get("dataset_id")):
+        raise TurnedAway(
+            f"its shard is not of the server's cut of {task['dataset']}: partition.py has run in the meantime; "
+            f"bring the device the newest bundles/client_{cid}.tar"
+        )
+    if "error" in ready:
+        raise TurnedAway(printable(ready["error"]))
+    if ready.get("fingerprint") != task["fingerprint"]:
+        shown = printable(ready.get("fingerprint"), 40)
+        raise TurnedAway(f"its fingerprint is {shown}, the server's is {task['fingerprint']}: nets.py differs")
+    outputs = ready.get("trial")
+    whole = isinstance(outputs, bytes) and len(outputs) % 4 == 0
+    if not whole or not same_trial(np.frombuffer(outputs, "<f4"), task["trial"]):
+        raise TurnedAway(f"its {task['net']} computes something else than the server's: nets.py differs")
+    for name in ("num_fit", "num_eval"):
+        if type(ready.get(name)) is not int or ready[name] < 1:
+            raise TurnedAway(f"its {name} is {printable(ready.get(name), 40)}, not a positive number of images")
+    return {**client, **ready}
+
+
+class Registry(SimpleClientManager):
+    """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
+
+    def __init__(self, num_clients, task, secret=None, port=None):
         super().__init__()
-        self.num_clients, self.expected, self.secret = num_clients, expected, secret
+        self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
         self.connections = set()  # Flower's ids of the open ones, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
@@ -139,16 +253,19 @@ class Registry(SimpleClientManager):
         if self.closed:
             raise ConnectionAbortedError("the server is about to stop")
         self.connections.add(client.cid)
-        threading.Thread(target=self._greet, args=(client,), daemon=True).start()
+        if self.port is not None:
+            for sock in tcp_sockets(self.port):
+                keep_alive(sock)
+        threading.Thread(target=self._look_after, args=(client,), name=f"client {client.cid[:8]}", daemon=True).start()
         return True  # so that Flower carries our questions to it
 
     def unregister(self, client):
         with self._cv:
             self.connections.discard(client.cid)
             for device in [device for device in self.clients.values() if device.proxy is client]:
-                self.drop(device)
+                self.remove(device)
 
-    def drop(self, device):
+    def remove(self, device):
         """Let a client go, whose connection is gone or as good as gone."""
         with self._cv:
             if self.clients.get(device.cid) is device:
@@ -158,67 +275,71 @@ class Registry(SimpleClientManager):
             device.close()
             self._cv.notify_all()
 
-    def _greet(self, proxy):
-        """Admit a connection or turn it away; then keep the silence on it short, for as long as it lasts."""
-        nonce = secrets.token_hex(16)
+    def _look_after(self, proxy):
+        """Have the handshake with a new connection; then keep the silence on it short, for as long as it lasts."""
+        properties, cid = {}, "unknown"
+        questions = handshake(self.num_clients, self.task, self.secret)
         try:
-            res = proxy.get_properties(GetPropertiesIns({"nonce": nonce}), HANDSHAKE_TIMEOUT, 0)
-        except Exception:
+            question = next(questions)
+            while True:
+                timeout = READY_TIMEOUT if "net" in question else HANDSHAKE_TIMEOUT
+                res = proxy.get_properties(GetPropertiesIns(question), timeout, 0)
+                properties = res.properties if res.status.code == Code.OK else {}
+                cid = properties.get("cid", cid)
+                question = questions.send(properties)
+        except StopIteration as end:
+            device = Device(proxy, end.value)
+        except GrpcBridgeClosed:
             proxy.bridge.close()
             return
-        properties = res.properties if res.status.code == Code.OK else {}
-        reason = self._why_not(properties, nonce)
-        if reason is None:
-            device = Device(proxy, properties)
-            reason = self._admit(device)
-        if reason is not None and self.closed:
+        except MALFORMED:
+            self._turn_away(proxy, cid, "it is not this suite's client.py")
+            return
+        except TurnedAway as reason:
+            self._turn_away(proxy, cid, reason)
+            return
+        try:
+            admitted = self._admit(device)
+        except TurnedAway as reason:
+            self._turn_away(proxy, cid, reason)
+            return
+        if admitted:
+            device.heartbeat()
+        else:
+            self._send_away(proxy, self.notice)
+
+    def _turn_away(self, proxy, cid, reason):
+        if self.closed:
             self._send_away(proxy, self.notice)
             return
-        if reason is not None:
-            say(f"turned away cid {printable(properties.get('cid', 'unknown'), 20)}: {reason}")
-            self._send_away(proxy, {"turned_away": reason})
-            return
-        while not device.gone.wait(HEARTBEAT):
-            device.beat()
-
-    def _why_not(self, properties, nonce):
-        """The reason not to admit a client with these properties, if there is one."""
-        cid = properties.get("cid")
-        if self.secret is not None:
-            proof = properties.get("proof")
-            if proof is None:
-                return "the server asks for a secret: start the client with --secret_file"
-            if not hmac.compare_digest(str(proof).encode(), prove(self.secret, nonce, cid).encode()):
-                return "its secret is not the server's"
-        if type(cid) is not int or not isinstance(properties.get("device_id"), str):
-            return "it is not this suite's client.py"
-        if not 0 <= cid < self.num_clients:
-            return f"cid {cid} is not in 0..{self.num_clients - 1} (server's --num_clients {self.num_clients})"
-        for name, value in self.expected.items():
-            if properties.get(name) != value:
-                return f"its {name} is {printable(properties.get(name), 40)}, the server's is {value}"
-        for name in ("num_fit", "num_eval"):
-            if type(properties.get(name)) is not int or properties[name] < 1:
-                return f"its {name} is {printable(properties.get(name), 40)}, not a positive number of images"
-        return None
+        say(f"turned away cid {printable(cid, 20)}: {reason}")
+        self._send_away(proxy, {"turned_away": str(reason)})
 
     def _admit(self, device):
-        """Take a device in; the reason why not, if there is one."""
-        with self._cv:
-            if device.proxy.cid not in self.connections or self.closed:
-                return "its connection is lost"
-            before = self.clients.get(device.cid)
-            if before is not None and before.device_id != device.device_id:
-                return f"cid {device.cid} is in use by another device"
-            if before is not None:
-                before.close()
-            self.clients[device.cid] = device
-            if device.cid not in self.seen:  # for one that comes back no round is held up
-                self.seen.add(device.cid)
-                self.last_joined = time.monotonic()
-            self._cv.notify_all()
+        """Take a client in: whether it could be. Raises TurnedAway where another one with its cid is alive."""
+        before = None
+        while True:
+            with self._cv:
+                if device.proxy.cid not in self.connections or self.closed:
+                    return False
+                other = self.clients.get(device.cid)
+                before = other or before
+                if other is None or other.gone.is_set() or other.properties["process"] == device.properties["process"]:
+                    if other is not None:
+                        other.close()
+                    self.clients[device.cid] = device
+                    if device.cid not in self.seen:  # for one that comes back no round is held up
+                        self.seen.add(device.cid)
+                        self.last_joined = time.monotonic()
+                    self._cv.notify_all()
+                    break
+            if other.is_alive():
+                reason = f"cid {device.cid} is in use by another device"
+                if other.properties["device_id"] == device.properties["device_id"]:
+                    reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
+                raise TurnedAway(reason)
         say(f"cid {device.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
-        return None
+        return True
 
     def _send_away(self, proxy, notice):
         """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
@@ -227,7 +348,7 @@ class Registry(SimpleClientManager):
                 proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
             if "stopped" not in notice:
                 proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
-        except Exception:
+        except (GrpcBridgeClosed, *MALFORMED):
             pass  # it is gone already, which is as good
         proxy.bridge.close()
 
@@ -268,7 +389,7 @@ class Registry(SimpleClientManager):
                 self._send_away(device.proxy, notice)
             device.close()
 
-        threads = [threading.Thread(target=end, args=(device,), daemon=True) for device in devices]
+        threads = [threading.Thread(target=end, args=(device,), name="goodbye", daemon=True) for device in devices]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -286,8 +407,8 @@ class Server(flwr.server.Server):
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
-    def stop(self, signum, frame):
-        """The handler of SIGINT and SIGTERM. Ctrl-C a second time, a second later or more, ends the process at once."""
+    def stop(self, signum):
+        """Note a signal (libs.on_signal). Ctrl-C a second time, a second later or more, ends the process at once."""
         if self.signum is None:
             self.signum, self.stopped = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
@@ -301,8 +422,7 @@ class Server(flwr.server.Server):
 
     def fit(self, num_rounds, timeout):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
-        signal.signal(signal.SIGINT, self.stop)  # Flower's start_server has just put its own there
-        signal.signal(signal.SIGTERM, self.stop)
+        mute_handlers()  # Flower's start_server has just put its own there
         started, delay, current = time.monotonic(), 1, self.first_round
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
@@ -334,14 +454,14 @@ class Server(flwr.server.Server):
                 answers.put((client, error))
 
         for client, ins in instructions:
-            threading.Thread(target=ask_one, args=(client, ins), daemon=True).start()
+            threading.Thread(target=ask_one, args=(client, ins), name=f"{method} {client.cid}", daemon=True).start()
         results, failures = [], []
         while waiting:
             self.check()
             if time.monotonic() > late:  # Flower's own limit starts when all is sent, which to a dead link it never is
                 late = float("inf")
                 for client in waiting:
-                    self.registry.drop(client)
+                    self.registry.remove(client)
             try:
                 client, answer = answers.get(timeout=POLL)
             except queue.Empty:
@@ -540,14 +660,15 @@ def main():
     address = check_address(args.server_address, args.server_port)
     source, folder = DATASETS / args.dataset, CKPS / args.dataset
     info = describe_dataset(args.dataset, source)
-    model = Net(info["channels"], len(info["classes"]))
+    count_clients(args, info.get("num_clients"))
+    model = build_net(args.net, info["channels"], len(info["classes"]))
     test = ImageDataset(read_table(source / "test.csv", len(info["classes"])), source / "test")
     if test.images.shape[1] != info["channels"]:
         raise UserError(f"images of {source / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
     checkpoint = folder / "server.ptl"
     try:
-        held = claim(folder / "server.lock")
-        if held is None:
+        lock = lock_file(folder / "server.lock")
+        if lock is None:
             raise UserError(f"another server is training {args.dataset} in {folder}")
         last_round, run_id = take_up(checkpoint, model, args.dataset) if args.resume else (0, None)
         if last_round >= args.num_rounds:
@@ -581,12 +702,21 @@ def main():
         min_evaluate_clients=1,
         min_available_clients=1,
     )
-    expected = {"dataset": args.dataset, "net": type(model).__name__, "fingerprint": fingerprint(model)}
-    registry = Registry(args.num_clients, expected, secret)
+    task = {
+        "dataset": args.dataset,
+        "dataset_id": info.get("id"),
+        "channels": info["channels"],
+        "num_classes": len(info["classes"]),
+        "net": args.net,
+        "fingerprint": fingerprint(model),
+        "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
+    }
+    registry = Registry(args.num_clients, task, secret, args.server_port)
     server = Server(registry, strategy, args.min_clients, last_round + 1)
 
     # The rounds; and whatever ends them, what is finished is saved and the clients are told.
     code = 0
+    on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
     try:
         config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)

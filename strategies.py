@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from libs import np, pd, written_whole
+from libs import np, pd, atomic_write
 
 from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy
@@ -135,7 +135,7 @@ class History:
 
     def extend(self, rows):
         self.rows.extend(rows)
-        with written_whole(self.path) as part:
+        with atomic_write(self.path) as part:
             pd.DataFrame(self.rows, columns=COLUMNS).to_csv(part, index=False)
 
     def draw(self, path, title):
@@ -152,7 +152,7 @@ class History:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.suptitle(title)
-        with written_whole(path) as part:
+        with atomic_write(path) as part:
             figure.savefig(part, format="png", dpi=110)
 
 
