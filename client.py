@@ -275,10 +275,11 @@ def serve(client, host, port, certificate):
         ("grpc.max_receive_message_length", -1),
         ("grpc.enable_http_proxy", 0),  # straight to the server, as the probe goes, whatever proxy is set for the web
     ]
+    target = address.replace("%", "%25")  # gRPC takes it for a URI
     if certificate is None:
-        channel = grpc.insecure_channel(address, options)
+        channel = grpc.insecure_channel(target, options)
     else:
-        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate), options)
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(certificate), options)
     problem = f"lost the server at {address}"
     client.notice, client.heard, client.listening = {}, False, time.monotonic()
     try:

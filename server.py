@@ -29,6 +29,7 @@ from libs import (
     KEEPALIVE,
     ROOT,
     UserError,
+    join_address,
     keep_alive,
     lock_file,
     mute_handlers,
@@ -487,13 +488,15 @@ class Server(flwr.server.Server):
 
 
 def check_address(host, port):
-    """The address to give to Flower, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    """The address to listen on, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    if "%" in host:  # Flower's start_server binds without the zone
+        raise UserError(f"cannot listen on {host} alone: take --server_address :: (all networks)")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-        return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
+        return join_address(address[0], port)
     except (OSError, UnicodeError) as error:
         in_use = getattr(error, "errno", None) == errno.EADDRINUSE
         reason = "the port is in use; choose another with --server_port" if in_use else error

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from libs import np, pd, atomic_write
+from libs import atomic_write, np, pd
 
 from flwr.common import ndarrays_to_parameters
 from flwr.server import strategy
