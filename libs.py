@@ -108,6 +108,13 @@ def say(text, file=None):
     (file or sys.stdout).flush()
 
 
+def printable(value, limit=200):
+    """What somebody else sent, as one short line that a terminal can show."""
+    text = " ".join(str(value).split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def quiet_flower():
     """Keep the logs of Flower and gRPC off the terminal: what went wrong is said in our own words."""
     for name in ("flwr", "grpc"):
