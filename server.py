@@ -34,7 +34,7 @@ from client import plain_args, prove, read_secret
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
 from nets import Net, fingerprint
 from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
-from strategies import FedAvg
+from strategies import STRATEGIES, FedAvg
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
 HANDSHAKE_TIMEOUT = 10  # seconds
@@ -52,6 +52,14 @@ def parse_args():
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default=FedAvg.__name__,
+        help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
+        "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
+        "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
     parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
@@ -64,6 +72,12 @@ def parse_args():
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
+    least = STRATEGIES[args.strategy].least
+    if args.min_clients < least:
+        raise UserError(
+            f"--strategy {args.strategy} needs rounds of {least} clients or more; "
+            f"--num_clients {args.num_clients} --min_clients {args.min_clients} allow smaller ones"
+        )
     return args
 
 
@@ -457,7 +471,7 @@ def main():
         log=curves.log,
     )
     hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
-    strategy = FedAvg(
+    strategy = STRATEGIES[args.strategy](
         model,
         record=record,
         on_drop=progress.show_drop,
