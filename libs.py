@@ -121,8 +121,13 @@ def prove(secret, nonce, cid):
 
 
 def printable(value, limit=200):
-    """What a device sent, as one short line that a terminal can show."""
-    text = " ".join(str(value).split())
+    """What somebody else sent, as one short line that a terminal can show."""
+    if isinstance(value, (str, bytes)):
+        value = value[: 4 * limit]
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python spells out no integer of more than 4300 digits
+        text = f"a huge {type(value).__name__}"
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -27,7 +27,6 @@ from libs import (
     CKPS,
     DATASETS,
     KEEPALIVE,
-    ROOT,
     UserError,
     join_address,
     keep_alive,
@@ -46,7 +45,6 @@ from libs import (
     say,
     split_address,
     tcp_sockets,
-    tqdm,
 )
 
 import flwr.server
@@ -56,8 +54,9 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
-from nets import build_net, fingerprint, load_checkpoint, same_trial, trial
-from strategies import FedAvg, History
+from nets import build_net, fingerprint, same_trial, trial
+from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
+from strategies import STRATEGIES, FedAvg
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
 BUSY = KEEPALIVE  # seconds after which the connection of a client that is busy has shown that it is alive
@@ -80,6 +79,14 @@ def parse_args():
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default=FedAvg.__name__,
+        help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
+        "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
+        "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
     parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
@@ -103,6 +110,12 @@ def count_clients(args, shards):
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
+    least = STRATEGIES[args.strategy].least
+    if args.min_clients < least:
+        raise UserError(
+            f"--strategy {args.strategy} needs rounds of {least} clients or more; "
+            f"--num_clients {args.num_clients} --min_clients {args.min_clients} allow smaller ones"
+        )
 
 
 class Stopped(Exception):
@@ -526,130 +539,13 @@ def read_certificates(folder):
         ) from None
 
 
-def take_up(path, model, dataset):
-    """Put the checkpoint `path` into `model`: (its round, its wandb run id), (0, None) where there is none yet."""
-    if not path.exists():
-        say(f"nothing to resume in {path.parent}: starting at round 1")
-        return 0, None
-    try:
-        saved, checkpoint = load_checkpoint(path)
-        mine = {"dataset": dataset, "net": type(model).__name__, "num_classes": model.num_classes}
-        for name, value in {**mine, "in_channels": model.in_channels}.items():
-            if checkpoint[name] != value:
-                raise UserError(f"cannot resume from {path}: its {name} is {checkpoint[name]}, not {value}")
-        model.load_state_dict(saved.state_dict())
-        History(path.with_name("history.csv"), checkpoint["round"])
-        return checkpoint["round"], checkpoint["wandb_run_id"]
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"cannot resume from {path}: {error}") from None
-    except Exception as error:  # whatever torch.load, load_state_dict and pandas make of files that are not ours
-        reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
-        raise UserError(f"cannot resume from {path}: {reason}") from None
-
-
-def move_aside(folder):
-    """Move what an earlier run of the server left in `folder` to a folder with the date in its name."""
-    names = ("server.ptl", "best.ptl", "history.csv", "metrics.png")
-    if found := [folder / name for name in names if (folder / name).exists()]:
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y-%m-%d_%H%M%S')}")
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
-        say(f"moved the earlier run to {aside} (--resume would go on from it)")
-
-
-def start_wandb(dataset, run_id, config):
-    """Start or continue a run in Weights & Biases: (the run, one line that says where it is to be seen).
-
-    WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
-    """
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
-    os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say, we say
-    try:
-        import matplotlib  # noqa: F401 (for the picture; better missed now than at the end)
-        import wandb  # here, after that variable is set
-    except ImportError as error:
-        raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
-
-    mode = os.environ.get("WANDB_MODE")
-    why = "no key is at hand" if mode in (None, "online") else "as WANDB_MODE says"
-    if mode in (None, "online"):
-        try:
-            has_key = wandb.login(prompt=False)
-        except Exception as error:
-            has_key, why = False, printable(error)
-        if mode == "online" and not has_key:
-            raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
-        mode = "online" if has_key else "offline"
-    settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True)
-    options = {
-        "settings": settings,
-        "project": "FL-IoT",
-        "name": dataset,
-        "id": run_id,
-        "config": config,
-        "dir": os.environ.get("WANDB_DIR", ROOT),
-    }
-    if mode == "online":
-        try:
-            run = wandb.init(mode=mode, resume="allow", **options)
-            return run, f"curves: {run.url}"
-        except Exception as error:
-            why = printable(error)
-            mode = "offline"
-    try:
-        run = wandb.init(mode=mode, **options)
-    except Exception as error:
-        raise UserError(f"Weights & Biases cannot start with WANDB_MODE={mode}: {printable(error)}") from None
-    if mode != "offline":
-        return run, f"curves: WANDB_MODE is {mode}"
-    return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
-
-
-class Curves:
-    """The run in Weights & Biases. Whatever happens to it, the training goes on."""
-
-    def __init__(self, run):
-        self.run, self.failed = run, False
-
-    def log(self, figures, step):
-        try:
-            self.run.log(figures, step=step)
-        except Exception as error:  # its process has died; all figures are in history.csv
-            if not self.failed:
-                say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
-            self.failed = True
-
-    def finish(self):
-        try:
-            self.run.finish()
-        except Exception:  # its server is gone, or its process
-            folder = Path(self.run.dir).parent
-            option = "" if folder.name.startswith("offline-") else "--no-skip-online "
-            say(f"curves: not all are sent; send them later with: wandb sync {option}{folder}")
-
-
-class Progress:
-    """What the user sees of the rounds: one bar on a terminal, one line a round otherwise."""
-
-    def __init__(self, num_rounds, last_round):
-        self.num_rounds = num_rounds
-        self.bar = tqdm(total=num_rounds, initial=last_round, unit="round", disable=not sys.stderr.isatty())
-
-    def show_row(self, row):
-        names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
-        if not self.bar.disable:
-            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in names}, refresh=False)
-            self.bar.update()
-            return
-        figures = "  ".join(f"{name} {row[name]:.3f}" for name in names)
-        counts = f"{row['clients']} clients, {row['failures']} failures, {row['round_seconds']:.1f} s"
-        say(f"round {row['round']}/{self.num_rounds}  {figures}  ({counts})")
-
-    def show_drop(self, current, cid, reason):
-        say(f"round {current}: dropped cid {cid}: {reason}")
+def load_test(folder):
+    """The test set of the dataset in `folder`, in batches, and what is known of the dataset (data.describe_dataset)."""
+    info = describe_dataset(folder.name, folder)
+    test = ImageDataset(read_table(folder / "test.csv", len(info["classes"])), folder / "test")
+    if test.images.shape[1] != info["channels"]:
+        raise UserError(f"images of {folder / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
+    return BatchLoader(test, 250), info
 
 
 def main():
@@ -661,19 +557,16 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    source, folder = DATASETS / args.dataset, CKPS / args.dataset
-    info = describe_dataset(args.dataset, source)
+    test, info = load_test(DATASETS / args.dataset)
     count_clients(args, info.get("num_clients"))
     model = build_net(args.net, info["channels"], len(info["classes"]))
-    test = ImageDataset(read_table(source / "test.csv", len(info["classes"])), source / "test")
-    if test.images.shape[1] != info["channels"]:
-        raise UserError(f"images of {source / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
+    folder = CKPS / args.dataset
     checkpoint = folder / "server.ptl"
     try:
         lock = lock_file(folder / "server.lock")
         if lock is None:
             raise UserError(f"another server is training {args.dataset} in {folder}")
-        last_round, run_id = take_up(checkpoint, model, args.dataset) if args.resume else (0, None)
+        last_round, run_id = resume(checkpoint, model, args.dataset) if args.resume else (0, None)
         if last_round >= args.num_rounds:
             say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
             return 0
@@ -690,16 +583,20 @@ def main():
     say(where)
     curves = Curves(run)
     progress = Progress(args.num_rounds, last_round)
-    hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
-    strategy = FedAvg(
+    record = Record(
         model,
         checkpoint,
         last_round=last_round,
-        test_loaders={"test": BatchLoader(test, 250)},
+        test_loaders={"test": test},
         about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
         on_row=progress.show_row,
-        on_drop=progress.show_drop,
         log=curves.log,
+    )
+    hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
+    strategy = STRATEGIES[args.strategy](
+        model,
+        record=record,
+        on_drop=progress.show_drop,
         on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
         min_fit_clients=1,
         min_evaluate_clients=1,
@@ -717,41 +614,43 @@ def main():
     registry = Registry(args.num_clients, task, secret, args.server_port)
     server = Server(registry, strategy, args.min_clients, last_round + 1)
 
-    # The rounds; and whatever ends them, what is finished is saved and the clients are told.
-    code = 0
     on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
-    try:
-        config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
-        start_server(server_address=address, server=server, config=config, certificates=certificates)
-    except Stopped:
-        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
-    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
-        code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
-        if code == 1:
-            say(f"server.py: {end.code}", sys.stderr)
-    except BaseException as error:
-        code = fail(error)
-    registry.close({"stopped": "the server stopped before the last round"})
-    try:
-        strategy.close()
-    except BaseException as error:
-        code = code or fail(error)
-    progress.bar.close()
+    config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
+    code = run_rounds(server, server_address=address, config=config, certificates=certificates)
+    code = end_rounds(server, code)
+    progress.close()
     curves.finish()
-    for what, name in (
-        ("model", "server.ptl"),
-        ("best", "best.ptl"),
-        ("history", "history.csv"),
-        ("picture", "metrics.png"),
-    ):
-        if (folder / name).exists():
-            say(f"{what}: {folder / name}")
-    if server.signum is not None:
-        code = 128 + server.signum
+    show_files(folder)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+
+
+def run_rounds(server, **kwargs):
+    """Run the rounds, up to the last or to whatever ends them before it. Returns the exit code."""
+    try:
+        start_server(server=server, **kwargs)
+    except Stopped:
+        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
+    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
+        if isinstance(end.code, str):
+            say(f"server.py: {end.code}", sys.stderr)
+            return 1
+        return end.code or 128 + signal.SIGTERM
+    except BaseException as error:
+        return fail(error)
+    return 0
+
+
+def end_rounds(server, code):
+    """Tell the clients, and save what is finished. Returns the exit code; `code` is that of the rounds."""
+    server.registry.close({"stopped": "the server stopped before the last round"})
+    try:
+        server.strategy.close()
+    except BaseException as error:
+        code = code or fail(error)
+    return 128 + server.signum if server.signum is not None else code
 
 
 def fail(error):
