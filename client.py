@@ -27,7 +27,7 @@ from libs import CKPS, DATASETS, UserError, claim, new_parser, number, quiet_flo
 import grpc
 from flwr.client import NumPyClient, start_client
 
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
+from data import load_shard
 from engines import client_fit_fn, run_epoch
 from nets import Net, fingerprint, get_arrays, set_arrays
 
@@ -333,25 +333,6 @@ def claim_cid(cid, folder):
     return file, device_id
 
 
-def load_shard(dataset, cid, device):
-    """The loaders for one shard, {"fit": …, "eval": …}, and what is known of the dataset (data.describe_dataset)."""
-    folder = DATASETS / dataset
-    info = describe_dataset(dataset, folder)
-    path = folder / "clients" / f"client_{cid}.csv"
-    if not path.exists():
-        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
-        cids = sorted(int(name) for name in names if name.isdecimal())
-        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
-    table = read_table(path, len(info["classes"]), ("fit", "eval"))
-    loaders = {}
-    for phase, batch_size in (("fit", 32), ("eval", 64)):
-        shard = ImageDataset(table[table["phase"] == phase], folder / "train").to(device)
-        if shard.images.shape[1] != info["channels"]:
-            raise UserError(f"images of {path} have {shard.images.shape[1]} channels, {dataset} has {info['channels']}")
-        loaders[phase] = BatchLoader(shard, batch_size, shuffle=phase == "fit")
-    return loaders, info
-
-
 def main():
     args = parse_args()
     if not args.verbose:
@@ -366,14 +347,20 @@ def main():
         torch.set_num_threads(args.num_threads)
     held, device_id = claim_cid(args.cid, CKPS / args.dataset)
     with held:
-        loaders, info = load_shard(args.dataset, args.cid, device)
+        loaders, info = load_shard(DATASETS / args.dataset, args.cid, device)
         client = Client(
             Net(info["channels"], len(info["classes"])),
             loaders,
             device,
             CKPS / args.dataset / f"client_{args.cid}.ptl",
             properties={"cid": args.cid, "dataset": args.dataset, "device_id": device_id},
-            about={"dataset": args.dataset, "classes": info["classes"], "args": plain_args(args)},
+            about={
+                "dataset": args.dataset,
+                "dataset_id": info["id"],
+                "classes": info["classes"],
+                "images": info["images"],
+                "args": plain_args(args),
+            },
             secret=secret,
         )
         sizes = " + ".join(f"{len(loaders[phase].dataset)} {phase}" for phase in loaders)

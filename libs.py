@@ -5,7 +5,9 @@ All other modules import from here, by name; wandb and matplotlib are not here, 
 
 import argparse
 import contextlib
+import hashlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -144,3 +146,30 @@ def written_whole(path):
     finally:
         if part.exists():
             part.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and their digests: what partition.py, the devices and nets.predict have to do alike. Here and not in data.py,
+# which imports torch, that partition.py needs not wait for; cv2 is imported where it is used, since most devices can
+# spare its 15 MB.
+
+
+def image_digest(image):
+    """16 bytes that two uint8 arrays share when their shapes and pixels are the same."""
+    digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
+    digest.update(image.tobytes())  # row by row, whatever the order in memory
+    return digest.digest()
+
+
+def table_digest(rows, image_digests):
+    """32 hex digits over the rows of a CSV, each a sequence of str, and over the images that they name, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row, image in zip(rows, image_digests):
+        digest.update(",".join(row).encode() + b"\n" + image)
+    return digest.hexdigest()
+
+
+def cut_id(info):
+    """The id of a cut, 32 hex digits over what dataset.json says of it: two cuts share it when they are the same."""
+    what = [info[name] for name in ("classes", "channels", "image_size", "shards", "test")]
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()

@@ -23,7 +23,20 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from libs import DATASETS, UserError, cv2, new_parser, np, number, pd, run_script, say, tqdm
+from libs import (
+    DATASETS,
+    UserError,
+    cut_id,
+    cv2,
+    image_digest,
+    new_parser,
+    np,
+    number,
+    run_script,
+    say,
+    table_digest,
+    tqdm,
+)
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -305,20 +318,27 @@ def write_bundle(folder, dataset, cid, ids):
             tar.add(folder / name, f"datasets/{dataset}/{name}", filter=anonymous)
 
 
+def write_table(path, columns, rows):
+    """Write a CSV with the same bytes on every system."""
+    lines = [",".join(row) for row in (columns, *rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
 def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the number of train images of each client."""
     source, checksum, (classes, channels, splits) = open_source(args)
-    labels, sizes, digest = {}, set(), hashlib.md5()
+    labels, digests, sizes, digest = {}, {}, set(), hashlib.md5()
     for split, count, images in splits:
         if split == "train" and args.num_clients > count // 2:
             raise UserError(f"--num_clients {args.num_clients} is too many: {count} images, and each client needs two")
         (folder / split).mkdir()
         prefix = f"{folder / split}{os.sep}"
-        labels[split] = np.empty(count, np.int64)
+        labels[split], digests[split] = np.empty(count, np.int64), []
         bar = tqdm(images, f"{args.dataset} {split}", count, leave=False, unit="image", disable=not sys.stderr.isatty())
         for index, (image, label) in enumerate(bar):
             np.save(f"{prefix}{index}.npy", image)
             labels[split][index] = label
+            digests[split].append(image_digest(image))
             sizes.add(image.shape[:2])
             if checksum is None:
                 digest.update(np.ascontiguousarray(image))
@@ -329,18 +349,22 @@ def write_dataset(folder, args):
     else:
         shards = split_dirichlet(labels["train"], args.num_clients, rng, args.alpha)
     (folder / "clients").mkdir()
+    shard_digests = []
     for cid, ids in enumerate(shards):
         num_eval = min(max(1, round(len(ids) * args.eval_fraction)), len(ids) - 1)
         phases = ["fit"] * (len(ids) - num_eval) + ["eval"] * num_eval
-        table = pd.DataFrame({"id": ids, "label": labels["train"][ids], "phase": phases})
-        table.to_csv(folder / "clients" / f"client_{cid}.csv", index=False)
-    test = pd.DataFrame({"id": np.arange(len(labels["test"])), "label": labels["test"]})
-    test.to_csv(folder / "test.csv", index=False)
+        rows = [(str(row), str(labels["train"][row]), phase) for row, phase in zip(ids, phases)]
+        write_table(folder / "clients" / f"client_{cid}.csv", ("id", "label", "phase"), rows)
+        shard_digests.append(table_digest(rows, (digests["train"][row] for row in ids)))
+    rows = [(str(row), str(label)) for row, label in enumerate(labels["test"])]
+    write_table(folder / "test.csv", ("id", "label"), rows)
     info = {
         "dataset": args.dataset,
         "classes": list(classes),
         "channels": channels,
         "image_size": list(sizes.pop()) if len(sizes) == 1 else None,  # height, width; None where they differ
+        "fit": "squash",
+        "levels": None,
         "num_train": len(labels["train"]),
         "num_test": len(labels["test"]),
         "num_clients": args.num_clients,
@@ -350,7 +374,10 @@ def write_dataset(folder, args):
         "seed": args.seed,
         "source": source,
         "checksum": checksum or f"md5 of all pixels: {digest.hexdigest()}",
+        "shards": shard_digests,
+        "test": table_digest(rows, digests["test"]),
     }
+    info["id"] = cut_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     if args.bundles:
         (folder / "bundles").mkdir()

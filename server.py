@@ -31,7 +31,7 @@ from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
 
 from client import plain_args, prove, read_secret
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
+from data import load_test
 from nets import Net, fingerprint, load_checkpoint
 from strategies import FedAvg, History, printable
 
@@ -538,12 +538,9 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    source, folder = DATASETS / args.dataset, CKPS / args.dataset
-    info = describe_dataset(args.dataset, source)
+    folder = CKPS / args.dataset
+    test, info = load_test(DATASETS / args.dataset)
     model = Net(info["channels"], len(info["classes"]))
-    test = ImageDataset(read_table(source / "test.csv", len(info["classes"])), source / "test")
-    if test.images.shape[1] != info["channels"]:
-        raise UserError(f"images of {source / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
     checkpoint = folder / "server.ptl"
     try:
         held = claim(folder / "server.lock")
@@ -571,8 +568,15 @@ def main():
         model,
         checkpoint,
         last_round=last_round,
-        test_loaders={"test": BatchLoader(test, 250)},
-        about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+        test_loaders={"test": test},
+        about={
+            "dataset": args.dataset,
+            "dataset_id": info["id"],
+            "classes": info["classes"],
+            "images": info["images"],
+            "wandb_run_id": run.id,
+            "args": settings,
+        },
         on_row=progress.show_row,
         on_drop=progress.show_drop,
         log=curves.log,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -151,11 +152,15 @@ def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, sha
     folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--eval_fraction", 0.25, "--seed", 7)
     info = json.loads((folder / "dataset.json").read_text())
     assert hashlib.md5(shapes_zip.read_bytes()).hexdigest() in info.pop("checksum")
+    digests = [info.pop("id"), info.pop("test"), *info.pop("shards")]  # tests/test_cut.py has more on them
+    assert len(set(digests)) == 5 and all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests)
     assert info == {
         "dataset": "Tiny",
         "classes": "bar circle cross diamond hexagon ring sector square star triangle".split(),
         "channels": 3,
         "image_size": [32, 32],
+        "fit": "squash",
+        "levels": None,
         "num_train": 600,
         "num_test": 100,
         "num_clients": 3,
@@ -548,8 +553,8 @@ def test_bundle_unpacked_at_the_root_of_a_device_gives_its_shard(make, shapes_zi
     with tarfile.open(folder / "bundles" / "client_1.tar") as tar:
         tar.extractall(device.root, filter="data")
     code = f"""import sys; sys.path.insert(0, {str(device.root)!r})
-from client import load_shard
-loaders, info = load_shard("Tiny", 1, "cpu")
+from client import DATASETS, load_shard
+loaders, info = load_shard(DATASETS / "Tiny", 1, "cpu")
 for phase in ("fit", "eval"):
     print(phase, int(loaders[phase].dataset.images.sum()), loaders[phase].dataset.labels.tolist())
 print(info["channels"], *info["classes"])"""
