@@ -7,7 +7,7 @@ import csv
 import json
 from pathlib import Path
 
-from libs import UserError, cut_id, image_digest, np, table_digest, torch
+from libs import UserError, cut_id, image_digest, np, prepare_image, table_digest, torch
 
 
 def describe_dataset(dataset, folder):
@@ -108,9 +108,7 @@ class ImageDataset(torch.utils.data.Dataset):
             image = read_image(path)
             self.digests.append(image_digest(image))
             if image.shape[:2] != tuple(image_size):
-                from libs import cv2  # here: 15 MB that most devices get by without
-
-                image = cv2.resize(image, (image_size[1], image_size[0]), interpolation=cv2.INTER_AREA)
+                image = prepare_image(image, image_size, channels=1 if image.ndim == 2 else 3)
             if images is None:
                 images = np.empty((len(df), *image.shape), np.uint8)
             elif image.shape != images.shape[1:]:
