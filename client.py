@@ -47,7 +47,7 @@ from flwr.common import serde
 from flwr.proto.transport_pb2 import ClientMessage, Reason
 from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
+from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
 from nets import NETS, build_net, fingerprint, get_arrays, set_arrays, trial
 
@@ -115,7 +115,7 @@ class Client(NumPyClient):
             if dataset_id not in (None, self.about["dataset_id"]) or size != NETS[net].image_size:
                 try:
                     self.loaders, info = self.load(NETS[net].image_size)
-                    self.about.update(describe(info))
+                    self.about.update(describe_in_checkpoint(info))
                     say(f"the shard was read anew: {sizes(self.loaders)} images")
                 except UserError as error:
                     answer["error"] = str(error)
@@ -392,32 +392,8 @@ def lock_cid(cid, folder):
     return lock
 
 
-def load_shard(folder, cid, device, image_size=(32, 32)):
-    info = {"id": None, "images": None, **describe_dataset(folder.name, folder)}
-    path = folder / "clients" / f"client_{cid}.csv"
-    if not path.exists():
-        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
-        cids = sorted(int(name) for name in names if name.isdecimal())
-        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
-    table = read_table(path, len(info["classes"]), ("fit", "eval"))
-    loaders = {}
-    for phase, batch_size in (("fit", 32), ("eval", 64)):
-        shard = ImageDataset(table[table["phase"] == phase], folder / "train").to(device)
-        if shard.images.shape[1] != info["channels"]:
-            raise UserError(
-                f"images of {path} have {shard.images.shape[1]} channels, {folder.name} has {info['channels']}"
-            )
-        loaders[phase] = BatchLoader(shard, batch_size, shuffle=phase == "fit")
-    return loaders, info
-
-
 def sizes(loaders):
     return " + ".join(f"{len(loaders[phase].dataset)} {phase}" for phase in loaders)
-
-
-def describe(info):
-    """What checkpoints say of the data, from what data.load_shard knows of it."""
-    return {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
 
 
 def main():
@@ -450,7 +426,7 @@ def main():
             "device_id": device_id(folder / f"client_{args.cid}.id"),
             "process": secrets.token_hex(8),
         },
-        about={"dataset": args.dataset, "args": plain_args(args), **describe(info)},
+        about={"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)},
         secret=secret,
         load=load,
     )

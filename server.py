@@ -53,8 +53,8 @@ from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
-from nets import build_net, fingerprint, same_trial, trial
+from data import describe_in_checkpoint, load_test
+from nets import build_net, find_net, fingerprint, same_trial, trial
 from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
 from strategies import STRATEGIES, FedAvg
 
@@ -539,15 +539,6 @@ def read_certificates(folder):
         ) from None
 
 
-def load_test(folder):
-    """The test set of the dataset in `folder`, in batches, and what is known of the dataset (data.describe_dataset)."""
-    info = describe_dataset(folder.name, folder)
-    test = ImageDataset(read_table(folder / "test.csv", len(info["classes"])), folder / "test")
-    if test.images.shape[1] != info["channels"]:
-        raise UserError(f"images of {folder / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
-    return BatchLoader(test, 250), info
-
-
 def main():
     args = parse_args()
     if not args.verbose:
@@ -557,7 +548,7 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    test, info = load_test(DATASETS / args.dataset)
+    test, info = load_test(DATASETS / args.dataset, find_net(args.net).image_size)
     count_clients(args, info.get("num_clients"))
     model = build_net(args.net, info["channels"], len(info["classes"]))
     folder = CKPS / args.dataset
@@ -588,7 +579,7 @@ def main():
         checkpoint,
         last_round=last_round,
         test_loaders={"test": test},
-        about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+        about={"dataset": args.dataset, "wandb_run_id": run.id, "args": settings, **describe_in_checkpoint(info)},
         on_row=progress.show_row,
         log=curves.log,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import hmac
+import json
 import queue
 import re
 import shutil
@@ -245,12 +246,12 @@ class Stranger(threading.Thread):
         return self.asked
 
 
-def properties(**others):
+def properties(dataset_id, **others):
     """All that a right client says of itself, at once."""
     from nets import LeNet5, fingerprint, trial
 
     who = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32, "process": "0" * 16}
-    dataset = {"channels": 3, "num_classes": 10, "dataset_id": "", "num_fit": 160, "num_eval": 40}
+    dataset = {"channels": 3, "num_classes": 10, "dataset_id": dataset_id, "num_fit": 160, "num_eval": 40}
     net = {"fingerprint": fingerprint(LeNet5(3, 10)), "trial": trial(LeNet5(3, 10)).tobytes()}
     return {**who, **dataset, **net, **others}
 
@@ -279,17 +280,17 @@ def guarded(open_suite):
 
     nothing = Stranger(laptop.port, lambda config: {})
     rude = Stranger(laptop.port, lambda config: {"cid": "\x1b[2J" + 1000 * "!", "proof": "\x1b[2J"})
-    nonces = []
+    nonces, dataset_id = [], json.loads((laptop.root / "datasets/Tiny/dataset.json").read_text())["id"]
 
     def overheard(config):
         nonces.append(config.get("nonce"))
-        return properties(proof=proof(b"tell nobody", nonces[0], 0))
+        return properties(dataset_id, proof=proof(b"tell nobody", nonces[0], 0))
 
     def of_another_cid(config):
-        return properties(proof=proof(b"tell nobody", config.get("nonce"), 1))
+        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 1))
 
     def right(config):
-        return properties(proof=proof(b"tell nobody", config.get("nonce"), 0))
+        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 0))
 
     guarded["strangers"] = {"nothing": nothing.all_asked(), "rude": rude.all_asked()}
     guarded["strangers"]["of another cid"] = Stranger(laptop.port, of_another_cid).all_asked()
