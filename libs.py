@@ -19,6 +19,7 @@ import stat
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 
 # Before flwr, grpc and cv2 are imported: nothing phones home, and C code keeps its riddles to itself.
@@ -26,6 +27,10 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # the system's, which knows the names that end in .local
+
+if sys.version_info < (3, 8):  # noqa: UP036 (that is what it is to find out)
+    sys.stderr.write("FL-IoT needs Python 3.8 or newer; this is Python {}.{}\n".format(*sys.version_info[:2]))
+    raise SystemExit(2)
 
 from tqdm import tqdm
 
@@ -42,6 +47,7 @@ def __getattr__(name):
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"
+HAS_MODE_BITS = os.name == "posix"  # on Windows those of others are always set
 KEEPALIVE = 30  # seconds until a connection whose other side has vanished is ended
 
 
@@ -107,7 +113,7 @@ def read_secret(path):
     if path is None:
         return None
     try:
-        if path.stat().st_mode & 0o077:
+        if HAS_MODE_BITS and path.stat().st_mode & 0o077:
             raise UserError(f"secret file {path} can be read by others: chmod 600 {path}")
         secret = path.read_bytes().strip()
     except OSError as error:
@@ -259,7 +265,11 @@ def on_signal(act):
 
     def watch():
         while True:
-            for signum in reader.recv(64):
+            reader.recv(1, socket.MSG_PEEK)
+            time.sleep(
+                0.0002
+            )  # of signals that wait together, the kernel hands over the one with the greater number first
+            for signum in sorted(reader.recv(64)):
                 act(signum)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
