@@ -4,7 +4,9 @@ load_shard is for client.py and the device's own shard, load_test for server.py 
 """
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 
 from libs import UserError, cut_id, image_digest, np, prepare_image, table_digest, torch
@@ -41,6 +43,26 @@ def describe_in_checkpoint(info):
     return {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
 
 
+def read_cells(path):
+    """The cells of a CSV as anyone may have saved it: [[str, …], …], a list a line. Raises UserError where it is none.
+
+    Takes UTF-8 and UTF-16, commas, semicolons and tabs, spaces around cells, and a first line such as "sep=;".
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"PK\x03\x04") or content.startswith(b"\xd0\xcf\x11\xe0"):
+            raise ValueError("it is a spreadsheet's own file; save it as CSV")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is no text")
+        title = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
+        separator = max(",;\t", key=title.count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+        return [[cell.strip() for cell in line] for line in lines]
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"{path} is not a readable CSV: {error}") from None
+
+
 def read_table(path, num_classes, phases=()):
     """Read a CSV with the columns id and label, and phase where `phases` are named, each of which must have rows.
 
@@ -49,23 +71,23 @@ def read_table(path, num_classes, phases=()):
     phase. (Without pandas, for which a small device has no memory to spare.)
     """
     columns = ["id", "label"] + (["phase"] if phases else [])
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *lines = list(csv.reader(file, strict=True)) or [[]]
-    except (ValueError, OSError, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
+    lines = [(number, line) for number, line in enumerate(read_cells(path), start=1) if any(line)]
+    if lines and lines[0][1][0].startswith("sep="):
+        del lines[0]
+    header = [name.lower() for name in lines[0][1]] if lines else []
     for column in columns:
         if column not in header:
             raise UserError(f"{path} has no column {column}; it needs {','.join(columns)}")
-    for number, line in enumerate(lines, start=2):
+    labels, rows, seen = {str(label): label for label in range(num_classes)}, [], set()
+    for number, line in lines[1:]:
         if len(line) != len(header):
             raise UserError(f"{path}, line {number}: {len(line)} cells, not {len(header)}")
-    rows = [tuple(line[header.index(column)] for column in columns) for line in lines]
-    table = np.array(rows, [(column, object) for column in columns])
-    labels, seen = {str(label): label for label in range(num_classes)}, set()
-    for number, row in enumerate(rows, start=2):
+        # A spreadsheet may have made 3.0 of 3; what it has made 1E+05 of cannot be told.
+        row = [re.sub(r"^(\d+)[.,]0+$", r"\1", line[header.index(column)]) for column in columns]
         problem = None
-        if row[0] in seen:
+        if re.fullmatch(r"\d([.,]\d+)?E[+-]\d+", row[0]):
+            problem = f"id {row[0]} is a number that a spreadsheet has rounded: take the file as it was"
+        elif row[0] in seen:
             problem = f"id {row[0]} stands twice"
         elif row[1] not in labels:
             problem = f"label {row[1]} is not in 0..{num_classes - 1}"
@@ -74,12 +96,13 @@ def read_table(path, num_classes, phases=()):
         if problem:
             raise UserError(f"{path}, line {number}: {problem}")
         seen.add(row[0])
+        rows.append((row[0], labels[row[1]], *row[2:]))
+    table = np.array(rows, [(column, object) for column in columns])
     for phase in phases:
         if not (table["phase"] == phase).any():
             raise UserError(f"{path} has no row of phase {phase}")
     if not rows:
         raise UserError(f"{path} has no rows")
-    table["label"] = [labels[label] for label in table["label"]]
     return table
 
 
@@ -174,7 +197,9 @@ def check_cut(folder, info, path, table, digests, expected, remedy):
     if cut_id(info) != info["id"]:
         raise UserError(f"{folder / 'dataset.json'} is not as partition.py wrote it: {remedy}")
     if table_digest((map(str, row) for row in table), digests) != expected:
-        raise UserError(f"{path} or its images are of another cut than {folder / 'dataset.json'}: {remedy}")
+        raise UserError(
+            f"{path}: its ids, labels or images are of another cut than {folder / 'dataset.json'}: {remedy}"
+        )
 
 
 def load_shard(folder, cid, device, image_size=(32, 32)):

@@ -1,12 +1,13 @@
-"""The nets by name, and what can be done with any of them: build, compare, take and put back parameters, save, load.
+"""The nets by name, and what can be done with any of them: build, compare, save, load, predict.
 
 To train another net, write its class here, add it to `NETS`, and name it by `--net` on the server; the devices follow.
 A net takes `(in_channels, num_classes)`, and images of the size that its attribute `image_size` says (height, width).
 """
 
 import hashlib
+from pathlib import Path
 
-from libs import UserError, atomic_write, nn, np, torch
+from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, torch
 
 TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
 
@@ -135,3 +136,28 @@ def load_checkpoint(path):
     model = build_net(checkpoint["net"], checkpoint["in_channels"], checkpoint["num_classes"])
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
+
+
+def predict(model, checkpoint, image):
+    """The class that `model` sees in `image`, and the probability of each: (name, {name: 0..1}).
+
+    `model` and `checkpoint` are what load_checkpoint returns; `image` is the path of a file, or an array as
+    decode_image returns it. It is prepared as the images of the training were. Raises UserError where it cannot be.
+    """
+    if not isinstance(image, np.ndarray):
+        try:
+            image = decode_image(Path(image).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"image {image} cannot be read: {error}") from None
+    size = model.image_size
+    images = checkpoint.get("images") or {}  # an older checkpoint has none
+    first = images.get("image_size") or size, images.get("fit") or "squash", images.get("levels")
+    image = prepare_image(image, *first, channels=model.in_channels)  # as partition.py did it
+    image = prepare_image(image, size, channels=model.in_channels)  # as the device did, where the net's size is another
+    pixels = torch.from_numpy(image.reshape(1, *size, model.in_channels)).permute(0, 3, 1, 2).float().div(255)
+    training, device = model.training, next(model.parameters()).device
+    with torch.no_grad():
+        probabilities = model.eval()(pixels.to(device)).softmax(1)[0].tolist()
+    model.train(training)
+    names = checkpoint.get("classes") or [str(label) for label in range(model.num_classes)]
+    return names[int(np.argmax(probabilities))], dict(zip(names, probabilities))

@@ -1,8 +1,8 @@
 """The id of a cut and its digests: whatever a device or the server reads of another cut is found at the start."""
 
-import csv
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import write_images
 
 from data import describe_dataset, load_shard, load_test
@@ -197,14 +198,70 @@ def test_client_and_server_say_so_at_their_start(cut, pictures, suite):
     assert server.wait() == 2 and server.err.count("\n") == 1 and "test.csv" in server.err, server
 
 
-def test_table_that_was_saved_again_with_the_same_content_is_right(cut, pictures):
+# How spreadsheets save a CSV with the same content, from the text as partition.py wrote it.
+SAVED = {
+    "quotes and CRLF": lambda text: re.sub(r"([^,\n]+)", r'"\1"', text).replace("\n", "\r\n").encode(),
+    "CR alone": lambda text: text.replace("\n", "\r").encode(),
+    "UTF-8 with a byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.replace(",", "\t").encode("utf-16"),
+    "UTF-16, big end first": lambda text: b"\xfe\xff" + text.replace(",", "\t").encode("utf-16-be"),
+    "semicolons": lambda text: text.replace(",", ";").encode(),
+    "semicolons, as its first line says": lambda text: ("sep=;\n" + text.replace(",", ";")).encode(),
+    "commas, as its first line says": lambda text: ("sep=,\r\n" + text.replace("\n", "\r\n")).encode(),
+    "tabs": lambda text: text.replace(",", "\t").encode(),
+    "spaces after commas": lambda text: text.replace(",", ", ").encode(),
+    "spaces around": lambda text: text.replace(",", " , ").replace("\n", " \n ").encode(),
+    "spaces and quotes": lambda text: re.sub(r"([^,\n]+)", r'"\1"', text).replace(",", ", ").encode(),
+    "an empty last line": lambda text: f"{text}\n".encode(),
+    "empty lines with commas": lambda text: f"{text},,\n\n , ,\n".encode(),
+    "empty lines before": lambda text: f"\n\n{text}".encode(),
+    "no end of the last line": lambda text: text.rstrip().encode(),
+    "another header": lambda text: text.replace("id,label,phase", " ID,Label ,PHASE").encode(),
+    "an empty column": lambda text: text.replace("\n", ",\n").encode(),
+    "a column more": lambda text: re.sub(r"(?m)^(.)", r"x,\1", text).encode(),
+    "other order of columns": lambda text: re.sub(r"(?m)^(\w+),(\w+),(\w+)$", r"\3,\1,\2", text).encode(),
+    "fractions": lambda text: re.sub(r"(?m)^(\d+),(\d+)", r"\1.0,\2.0", text).encode(),
+    "fractions with a comma": lambda text: re.sub(r"(?m)^(\d+);(\d+)", r"\1,0;\2,0", text.replace(",", ";")).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_table_that_a_spreadsheet_saved_again_is_right(cut, pictures, kind):
     folder = cut("first", "--source", pictures, "--num_clients", 2)
     path = folder / "clients" / "client_1.csv"
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))
-    with open(path, "w", newline="") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)  # other bytes: quotes, CRLF
-    load_shard(folder, 1, "cpu")
+    before = load_shard(folder, 1, "cpu")[0]
+    content = path.read_bytes()
+    path.write_bytes(SAVED[kind](content.decode()))
+    assert path.read_bytes() != content
+    after = load_shard(folder, 1, "cpu")[0]
+    for phase, loader in before.items():
+        assert torch.equal(loader.dataset.images, after[phase].dataset.images)
+        assert torch.equal(loader.dataset.labels, after[phase].dataset.labels)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: re.sub(r"(?m)^(\d+),", "1E+05,", text, count=1).encode(), "line 2: id 1E.05 .*spreadsheet"),
+        (
+            lambda text: re.sub(r"(?m)^(\d+);", "1,23E+12;", text.replace(",", ";"), count=1).encode(),
+            "line 2: id 1,23E.12",
+        ),
+        (lambda text: b"PK\x03\x04" + text.encode(), "save it as CSV"),
+        (lambda text: b"\xd0\xcf\x11\xe0" + text.encode(), "save it as CSV"),
+        (lambda text: text.encode("utf-16-le"), "no text"),
+        (lambda text: text.replace(",", "|").encode(), "no column id"),
+        (lambda text: text.replace("fit", "f\u00efts").encode("cp1252"), "not a readable CSV"),
+        (lambda text: f"{text}\n\n9999,77,fit\n".encode(), "line 24: label 77"),
+    ],
+    ids=range(8),
+)
+def test_table_that_cannot_be_restored_is_named(cut, pictures, change, words):
+    folder = cut("first", "--source", pictures, "--num_clients", 2)
+    path = folder / "clients" / "client_1.csv"
+    path.write_bytes(change(path.read_text()))
+    with pytest.raises(UserError, match=words):
+        load_shard(folder, 1, "cpu")
 
 
 def test_dataset_of_an_older_partition_is_read_as_before(cut, pictures):

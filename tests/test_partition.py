@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Suite, free_port
+from conftest import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,39 +35,6 @@ from PIL import Image
 import partition
 from data import load_shard, load_test
 from nets import LeNet5
-
-
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """Runs partition.py in this process, with a datasets/ folder of the test's own; gives the dataset's folder."""
-    monkeypatch.setattr(partition, "DATASETS", tmp_path / "datasets")
-
-    def make(dataset, *args):
-        monkeypatch.setattr(sys, "argv", ["partition.py", "--dataset", dataset, *map(str, args)])
-        partition.main()
-        return tmp_path / "datasets" / dataset
-
-    return make
-
-
-def tree(folder):
-    """What lies under `folder`, hidden or not: {relative path: bytes, or None for a folder}."""
-    paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def shards(folder):
-    """The tables of all clients, by cid."""
-    count = len(list((folder / "clients").iterdir()))
-    return [pd.read_csv(folder / "clients" / f"client_{cid}.csv") for cid in range(count)]
-
-
-def images(folder, split):
-    """All images of a split and their labels from the CSVs: [(label, array)]."""
-    table = pd.concat(shards(folder)) if split == "train" else pd.read_csv(folder / "test.csv")
-    assert len(table) == len(list((folder / split).iterdir()))
-    return [(row.label, np.load(folder / split / f"{row.id}.npy")) for row in table.itertuples()]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards.
