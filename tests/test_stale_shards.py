@@ -14,7 +14,7 @@ CUT = ("--dataset", "Tiny", "--num_clients", 2)
 
 @pytest.fixture(scope="module")
 def waited(tmp_path_factory, shapes_zip):
-    """Clients wait for a server that is started again after partition.py has run again; one has the new cut, one not."""
+    """Clients wait for a server that starts again after partition.py has run again; one has the new cut, one not."""
     laptop, device = (Suite(tmp_path_factory.mktemp(name)) for name in ("laptop", "device"))
     device.port = laptop.port
     try:
