@@ -28,6 +28,7 @@ from libs import (
     join_address,
     lock_file,
     new_parser,
+    np,
     number,
     on_signal,
     plain_args,
@@ -140,21 +141,25 @@ class Client(NumPyClient):
         set_arrays(self.model, parameters)
 
     def fit(self, parameters, config):
-        """Train from `parameters` for config["num_epochs"] with config["lr"].
+        """Train from `parameters` with the hyper-parameters in `config`: all of it but "round" and "num_rounds".
 
         Returns (parameters, number of fit images, metrics of engines.client_fit_fn), or ([], 0, {"error": reason}).
         """
         try:
             started = time.monotonic()
             self.set_parameters(parameters)
+            hyper_parameters = {name: config[name] for name in config if name not in ("round", "num_rounds")}
+            current = config.get("round")
+            if "seed" in config:  # another one in each round and on each device
+                sequence = np.random.SeedSequence([config["seed"], current, self.properties["cid"]])
+                hyper_parameters["seed"] = int(sequence.generate_state(1)[0])
             metrics = client_fit_fn(
                 self.loaders,
                 self.model,
-                config.get("num_epochs", 1),
-                self.device,
-                self.save_ckp_path,
-                lr=config.get("lr", 1e-3),
-                about={**self.about, "round": config.get("round")},
+                device=self.device,
+                save_ckp_path=self.save_ckp_path,
+                about={**self.about, "round": current},
+                **hyper_parameters,
             )
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"

@@ -1,13 +1,13 @@
-"""Third-party names that the modules share, and the few helpers that every script needs.
+"""Third-party names that the modules share, and the helpers that the scripts share.
 
-All other modules import from here, by name; wandb and matplotlib are not here, since devices have neither.
+All other modules import from here, by name, and before anything that is not Python's own: this module sets what other
+packages read when they are imported. What only some need (cv2, pandas, wandb, matplotlib) they import themselves.
 """
 
 import argparse
 import contextlib
 import hashlib
 import hmac
-import importlib
 import ipaddress
 import json
 import logging
@@ -32,17 +32,23 @@ if sys.version_info < (3, 8):  # noqa: UP036 (that is what it is to find out)
     sys.stderr.write("FL-IoT needs Python 3.8 or newer; this is Python {}.{}\n".format(*sys.version_info[:2]))
     raise SystemExit(2)
 
+
+def say_interrupted(kind, error, trace):
+    """Ctrl-C is no error: one line, also while modules are imported, which takes long on a board."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted
+
+import numpy as np
 from tqdm import tqdm
 
-LATER = {"cv2": "cv2", "nn": "torch.nn", "np": "numpy", "pd": "pandas", "torch": "torch"}
-
-
-def __getattr__(name):
-    """Import what not every script needs when it is asked for: torch takes a second and 200 MB, pandas 33 MB."""
-    if name not in LATER:
-        raise AttributeError(f"libs has no {name}")
-    return importlib.import_module(LATER[name])
-
+if Path(sys.argv[0]).name != "partition.py":  # which needs no torch, and would wait a second for it
+    import torch
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
@@ -378,7 +384,6 @@ def decode_image(encoded):
     or has no counterpart here.
     """
     import cv2
-    import numpy as np
 
     def decode(flags):
         try:
@@ -432,7 +437,6 @@ def prepare_image(image, image_size, fit="squash", levels=None, channels=None):
     `channels` 1 makes any image grey, 3 any coloured; None leaves it to the image: one of grey pixels alone is grey.
     """
     import cv2
-    import numpy as np
 
     if image.dtype == np.uint16:
         colours = image[:, :, :3] if image.ndim == 3 else image

@@ -36,7 +36,6 @@ from libs import (
     DATASETS,
     UserError,
     cut_id,
-    cv2,
     decode_image,
     image_digest,
     new_parser,
@@ -48,6 +47,8 @@ from libs import (
     table_digest,
     tqdm,
 )
+
+import cv2
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -13,7 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-from libs import ROOT, UserError, atomic_write, pd, printable, say, tqdm
+from libs import ROOT, UserError, atomic_write, printable, say, tqdm
+
+import pandas as pd
 
 from engines import server_test_fn
 from nets import load_checkpoint, save_checkpoint, set_arrays

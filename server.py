@@ -10,6 +10,7 @@ result. Leaves server.ptl, best.ptl, history.csv and metrics.png in ckps/<datase
 import errno
 import functools
 import hmac
+import inspect
 import ipaddress
 import os
 import queue
@@ -45,6 +46,7 @@ from libs import (
     say,
     split_address,
     tcp_sockets,
+    torch,
 )
 
 import flwr.server
@@ -54,6 +56,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
 from data import describe_in_checkpoint, load_test
+from engines import client_fit_fn
 from nets import build_net, find_net, fingerprint, same_trial, trial
 from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
 from strategies import STRATEGIES, FedAvg
@@ -79,6 +82,7 @@ def parse_args():
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="make the run one that can be repeated")
     parser.add_argument(
         "--strategy",
         choices=STRATEGIES,
@@ -118,11 +122,24 @@ def count_clients(args, shards):
         )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The clients. Flower keeps one stream to each, on which it answers one question at a time. Besides fit and evaluate the
+# questions are get_properties, whose dictionary says what is meant:
+#     {"nonce"}, then {"net", "dataset_id"}      the handshake, answered within HANDSHAKE_TIMEOUT and READY_TIMEOUT
+#     {}                                         are you there? every HEARTBEAT seconds, unless it is busy
+#     {"turned_away"} or {"stopped"}             the reason, before the stream ends
+# The server gives up a client that is idle and silent for HEARTBEAT, busy for --round_timeout, or on a machine whose
+# kernel is silent for KEEPALIVE (libs.py); a client gives up a server that is silent for SILENCE (client.py).
+# The main thread runs the rounds; one thread a connection, "client …", has the handshake and then the heartbeat; one a
+# question, "fit 3", waits for the answer; "record" keeps the record, "signals" notes signals.
+# Registry._cv guards who is there; RemoteClient.lock is held while the client has a question to answer.
+
+
 class Stopped(Exception):
     """A signal asked the server to stop."""
 
 
-class DeviceFailure(Exception):
+class ClientFailure(Exception):
     """A client gave no answer; `cid` says which, the text why."""
 
     def __init__(self, cid, reason):
@@ -131,10 +148,14 @@ class DeviceFailure(Exception):
 
 
 class TurnedAway(Exception):
-    """A client that may not take part; the text says why, to it and to the user."""
+    """A client that may not take part: the text says why, to it and to the user; `cid` is what it called itself."""
+
+    def __init__(self, reason, cid="unknown"):
+        super().__init__(reason)
+        self.cid = cid
 
 
-class Device(ClientProxy):
+class RemoteClient(ClientProxy):
     """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time."""
 
     def __init__(self, proxy, properties):
@@ -146,14 +167,14 @@ class Device(ClientProxy):
     def _ask(self, method, ins, timeout, group_id):
         started = time.monotonic()
         if not self.lock.acquire(timeout=timeout or -1):
-            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s")
+            raise ClientFailure(self.cid, f"no answer within {timeout:g} s")
         try:
             return getattr(self.proxy, method)(ins, timeout, group_id)
         except MALFORMED as error:
-            raise DeviceFailure(self.cid, f"malformed answer: {printable(error)}") from error
+            raise ClientFailure(self.cid, f"malformed answer: {printable(error)}") from error
         except GrpcBridgeClosed:
             late = timeout is not None and time.monotonic() - started >= timeout
-            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
+            raise ClientFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
         finally:
             self.lock.release()
 
@@ -210,47 +231,90 @@ def handshake(num_clients, task, secret=None):
     channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial). With a `secret` (bytes) it must
     first prove that it knows it, and learns nothing before.
     """
-    nonce = secrets.token_hex(16)
+    nonce, ready = secrets.token_hex(16), {}
     client = yield {"nonce": nonce}
+    cid = client.get("cid")
+    reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
+    if reason is None:
+        question = {"net": task["net"]}
+        if task["dataset_id"] is not None:
+            question["dataset_id"] = task["dataset_id"]
+        ready = yield question
+        reason = why_not_ready(ready, cid, task)
+    if reason is not None:
+        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
+    return {**client, **ready}
+
+
+def why_not_client(client, nonce, num_clients, dataset, secret):
+    """The reason not to admit a client for what it says of itself, or None."""
     cid = client.get("cid")
     if secret is not None:
         proof = client.get("proof")
         if proof is None:
-            raise TurnedAway("the server asks for a secret: start the client with --secret_file")
+            return "the server asks for a secret: start the client with --secret_file"
         if not hmac.compare_digest(str(proof).encode(), prove(secret, nonce, cid).encode()):
-            raise TurnedAway("its secret is not the server's")
+            return "its secret is not the server's"
     if type(cid) is not int or not all(isinstance(client.get(name), str) for name in ("device_id", "process")):
-        raise TurnedAway("it is not this suite's client.py, or one of another version")
+        return "it is not this suite's client.py, or one of another version"
     if not 0 <= cid < num_clients:
-        raise TurnedAway(f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})")
-    if client.get("dataset") != task["dataset"]:
-        raise TurnedAway(f"its dataset is {printable(client.get('dataset'), 40)}, the server's is {task['dataset']}")
+        return f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})"
+    if client.get("dataset") != dataset:
+        return f"its dataset is {printable(client.get('dataset'), 40)}, the server's is {dataset}"
+    return None
 
-    question = {"net": task["net"]}
-    if task["dataset_id"] is not None:
-        question["dataset_id"] = task["dataset_id"]
-    ready = yield question
+
+def why_not_ready(ready, cid, task):
+    """The reason not to admit a client for the data and the net that it has made ready, or None."""
+    shown = {name: printable(value, 40) for name, value in ready.items()}
     for name, what in (("num_classes", "classes"), ("channels", "colour channels")):
         if ready.get(name) != task[name]:
-            raise TurnedAway(f"its dataset has {printable(ready.get(name), 40)} {what}, the server's has {task[name]}")
+            return f"its dataset has {shown.get(name)} {what}, the server's has {task[name]}"
     if task["dataset_id"] not in (None, ready.get("dataset_id")):
-        raise TurnedAway(
+        return (
             f"its shard is not of the server's cut of {task['dataset']}: partition.py has run in the meantime; "
             f"bring the device the newest bundles/client_{cid}.tar"
         )
     if "error" in ready:
-        raise TurnedAway(printable(ready["error"]))
+        return printable(ready["error"])
     if ready.get("fingerprint") != task["fingerprint"]:
-        shown = printable(ready.get("fingerprint"), 40)
-        raise TurnedAway(f"its fingerprint is {shown}, the server's is {task['fingerprint']}: nets.py differs")
+        return f"its fingerprint is {shown.get('fingerprint')}, the server's is {task['fingerprint']}: nets.py differs"
     outputs = ready.get("trial")
     whole = isinstance(outputs, bytes) and len(outputs) % 4 == 0
     if not whole or not same_trial(np.frombuffer(outputs, "<f4"), task["trial"]):
-        raise TurnedAway(f"its {task['net']} computes something else than the server's: nets.py differs")
+        return f"its {task['net']} computes something else than the server's: nets.py differs"
     for name in ("num_fit", "num_eval"):
         if type(ready.get(name)) is not int or ready[name] < 1:
-            raise TurnedAway(f"its {name} is {printable(ready.get(name), 40)}, not a positive number of images")
-    return {**client, **ready}
+            return f"its {name} is {shown.get(name)}, not a positive number of images"
+    return None
+
+
+def ask_all(proxy, questions):
+    """Put the questions of a handshake to a connection: what it returns of the client. Raises TurnedAway."""
+    answer = None
+    while True:
+        try:
+            question = questions.send(answer)
+        except StopIteration as end:
+            return end.value
+        try:
+            timeout = READY_TIMEOUT if "net" in question else HANDSHAKE_TIMEOUT
+            res = proxy.get_properties(GetPropertiesIns(question), timeout, 0)
+        except MALFORMED:
+            raise TurnedAway("it is not this suite's client.py") from None
+        answer = res.properties if res.status.code == Code.OK else {}
+
+
+def send_away(proxy, notice):
+    """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
+    try:
+        if notice:
+            proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
+        if "stopped" not in notice:
+            proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
+    except (GrpcBridgeClosed, *MALFORMED):
+        pass  # it is gone already, which is as good
+    proxy.bridge.close()
 
 
 class Registry(SimpleClientManager):
@@ -264,6 +328,7 @@ class Registry(SimpleClientManager):
         self.closed, self.notice = False, {}  # no more clients, and what they are told
 
     def register(self, client):
+        """Flower's: `client` is its proxy of a new connection."""
         if self.closed:
             raise ConnectionAbortedError("the server is about to stop")
         self.connections.add(client.cid)
@@ -274,102 +339,70 @@ class Registry(SimpleClientManager):
         return True  # so that Flower carries our questions to it
 
     def unregister(self, client):
+        """Flower's: the connection of its proxy `client` has ended."""
         with self._cv:
             self.connections.discard(client.cid)
-            for device in [device for device in self.clients.values() if device.proxy is client]:
-                self.remove(device)
+            for admitted in list(self.clients.values()):
+                if admitted.proxy is client:
+                    self.remove(admitted)
 
-    def remove(self, device):
+    def remove(self, client):
         """Let a client go, whose connection is gone or as good as gone."""
         with self._cv:
-            if self.clients.get(device.cid) is device:
-                del self.clients[device.cid]
+            if self.clients.get(client.cid) is client:
+                del self.clients[client.cid]
                 if not self.closed:
-                    say(f"cid {device.cid} left")
-            device.close()
+                    say(f"cid {client.cid} left")
+            client.close()
             self._cv.notify_all()
 
     def _look_after(self, proxy):
         """Have the handshake with a new connection; then keep the silence on it short, for as long as it lasts."""
-        properties, cid = {}, "unknown"
-        questions = handshake(self.num_clients, self.task, self.secret)
         try:
-            question = next(questions)
-            while True:
-                timeout = READY_TIMEOUT if "net" in question else HANDSHAKE_TIMEOUT
-                res = proxy.get_properties(GetPropertiesIns(question), timeout, 0)
-                properties = res.properties if res.status.code == Code.OK else {}
-                cid = properties.get("cid", cid)
-                question = questions.send(properties)
-        except StopIteration as end:
-            device = Device(proxy, end.value)
+            client = RemoteClient(proxy, ask_all(proxy, handshake(self.num_clients, self.task, self.secret)))
+            admitted = self._admit(client)
         except GrpcBridgeClosed:
             proxy.bridge.close()
-            return
-        except MALFORMED:
-            self._turn_away(proxy, cid, "it is not this suite's client.py")
-            return
         except TurnedAway as reason:
-            self._turn_away(proxy, cid, reason)
-            return
-        try:
-            admitted = self._admit(device)
-        except TurnedAway as reason:
-            self._turn_away(proxy, cid, reason)
-            return
-        if admitted:
-            device.heartbeat()
+            if not self.closed:
+                say(f"turned away cid {reason.cid}: {reason}")
+            send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
         else:
-            self._send_away(proxy, self.notice)
+            if admitted:
+                client.heartbeat()
+            else:
+                send_away(proxy, self.notice)
 
-    def _turn_away(self, proxy, cid, reason):
-        if self.closed:
-            self._send_away(proxy, self.notice)
-            return
-        say(f"turned away cid {printable(cid, 20)}: {reason}")
-        self._send_away(proxy, {"turned_away": str(reason)})
-
-    def _admit(self, device):
+    def _admit(self, client):
         """Take a client in: whether it could be. Raises TurnedAway where another one with its cid is alive."""
         before = None
         while True:
             with self._cv:
-                if device.proxy.cid not in self.connections or self.closed:
+                if client.proxy.cid not in self.connections or self.closed:
                     return False
-                other = self.clients.get(device.cid)
+                other = self.clients.get(client.cid)
                 before = other or before
-                if other is None or other.gone.is_set() or other.properties["process"] == device.properties["process"]:
+                if other is None or other.gone.is_set() or other.properties["process"] == client.properties["process"]:
                     if other is not None:
                         other.close()
-                    self.clients[device.cid] = device
-                    if device.cid not in self.seen:  # for one that comes back no round is held up
-                        self.seen.add(device.cid)
+                    self.clients[client.cid] = client
+                    if client.cid not in self.seen:  # for one that comes back no round is held up
+                        self.seen.add(client.cid)
                         self.last_joined = time.monotonic()
                     self._cv.notify_all()
                     break
             if other.is_alive():
-                reason = f"cid {device.cid} is in use by another device"
-                if other.properties["device_id"] == device.properties["device_id"]:
+                reason = f"cid {client.cid} is in use by another device"
+                if other.properties["device_id"] == client.properties["device_id"]:
                     reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
-                raise TurnedAway(reason)
-        say(f"cid {device.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+                raise TurnedAway(reason, client.cid)
+        say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
         return True
-
-    def _send_away(self, proxy, notice):
-        """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
-        try:
-            if notice:
-                proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
-            if "stopped" not in notice:
-                proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
-        except (GrpcBridgeClosed, *MALFORMED):
-            pass  # it is gone already, which is as good
-        proxy.bridge.close()
 
     def sample(self, num_clients, min_num_clients=None, criterion=None):
         """All clients that are there, at most `num_clients`; never waits (`wait_for_round` does)."""
         with self._cv:
-            return sorted(self.clients.values(), key=lambda device: int(device.cid))[:num_clients]
+            return sorted(self.clients.values(), key=lambda client: int(client.cid))[:num_clients]
 
     def wait_for_round(self, min_clients, check):
         """Wait until all clients are there, or `min_clients` and nobody new for SETTLE seconds; say who is missing.
@@ -396,14 +429,14 @@ class Registry(SimpleClientManager):
             if self.closed:
                 return
             self.closed, self.notice = True, notice
-            devices = list(self.clients.values())
+            clients = list(self.clients.values())
 
-        def end(device):
-            if device.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
-                self._send_away(device.proxy, notice)
-            device.close()
+        def end(client):
+            if client.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
+                send_away(client.proxy, notice)
+            client.close()
 
-        threads = [threading.Thread(target=end, args=(device,), name="goodbye", daemon=True) for device in devices]
+        threads = [threading.Thread(target=end, args=(client,), name="goodbye", daemon=True) for client in clients]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -457,7 +490,7 @@ class Server(flwr.server.Server):
         return flwr.server.History(), time.monotonic() - started
 
     def ask(self, method, instructions, timeout, current):
-        """Ask all clients at the same time: ([(client, its answer), …], [DeviceFailure or (client, answer), …])."""
+        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …])."""
         answers, waiting = queue.SimpleQueue(), {client for client, _ in instructions}
         late = time.monotonic() + timeout + 1 if timeout else float("inf")
 
@@ -550,6 +583,8 @@ def main():
     address = check_address(args.server_address, args.server_port)
     test, info = load_test(DATASETS / args.dataset, find_net(args.net).image_size)
     count_clients(args, info.get("num_clients"))
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
     folder = CKPS / args.dataset
     checkpoint = folder / "server.ptl"
@@ -583,12 +618,13 @@ def main():
         on_row=progress.show_row,
         log=curves.log,
     )
-    hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
+    known = inspect.signature(client_fit_fn).parameters
+    hyper_parameters = {name: value for name, value in settings.items() if name in known and value is not None}
     strategy = STRATEGIES[args.strategy](
         model,
         record=record,
         on_drop=progress.show_drop,
-        on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
+        on_fit_config_fn=lambda current: {"round": current, "num_rounds": args.num_rounds, **hyper_parameters},
         min_fit_clients=1,
         min_evaluate_clients=1,
         min_available_clients=1,
