@@ -94,6 +94,11 @@ def is_file(member):
     return member.isfile() or member.islnk() or member.issym()
 
 
+def is_zip(path):
+    """Whether `path` is a zip, and not a tar that ends with one."""
+    return zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
+
+
 def list_members(source):
     """The files of a folder, zip or tar: yields (name with forward slashes, function that opens it), of a tar in turn.
 
@@ -112,7 +117,7 @@ def list_members(source):
             for path in (Path(folder, name) for name in names):
                 if path.is_file() or path.is_symlink():  # no pipe or device; a broken link is a file that is missing
                     yield path.relative_to(source).as_posix(), partial(open, path, "rb")
-    elif zipfile.is_zipfile(source):
+    elif is_zip(source):
         archive = zipfile.ZipFile(source)
         if any(member.flag_bits & 1 for member in archive.infolist()):
             raise UserError(f"{source} is encrypted: unpack it, and name the folder with --source")
@@ -289,7 +294,7 @@ def find_levels(files, names):
                     count += 1
     if high < low or high - low >= 2**15:
         return None
-    say(f"{count} images have 16-bit values from {low} to {high} only: these become 0 to 255")
+    say(f"images of 16 bits with values from {low} to {high} alone, which become 0 to 255: {count}")
     return [low, high]
 
 
@@ -298,7 +303,7 @@ def read_images(source, args):
 
     Returns (levels for prepare_image, what every reader returns). Names all damaged files of the source at once.
     """
-    if source.is_dir() or zipfile.is_zipfile(source):
+    if source.is_dir() or is_zip(source):
         files = dict(list_members(source))
     else:
         tar = tarfile.open(source)
@@ -311,7 +316,7 @@ def read_images(source, args):
         files = {member.name: partial(tar.extractfile, member) for member in tar if is_file(member)}
     sorted_in, others = sort_files(source, files)
     if others:
-        say(f"passed over {len(others)} that are no images of a class: {some(others, 5)}")
+        say(f"passed over, for it is no image of a class: {some(others, 5)} ({len(others)} in all)")
     spellings = merge_spellings(set(sorted_in.values()))
     sorted_in = {name: (split, spellings[spelling]) for name, (split, spelling) in sorted_in.items()}
     classes = sorted({name for split, name in sorted_in.values() if split != "test"})
@@ -322,7 +327,9 @@ def read_images(source, args):
     in_test = np.array([split == "test" for split, _ in sorted_in.values()])
     if {split for split, _ in sorted_in.values()} == {None}:
         in_test = split_off(np.array(list(labels.values())), args.test_fraction, args.seed)
-        say(f"{source} has no test set: {in_test.sum()} of {len(in_test)} images were split off for it")
+        if not in_test.any():
+            raise UserError(f"{source} has one image of each class, and none for a test set")
+        say(f"no test set in {source}: split off for it were {in_test.sum()} of {len(in_test)} images")
     names = {"train": [], "test": []}
     for name, test in zip(labels, in_test):
         names["test" if test else "train"].append(name)
@@ -341,9 +348,9 @@ def read_images(source, args):
             transparent += bool(alpha and image[:, :, 3].min() < np.iinfo(image.dtype).max)
             yield image, labels[name]
         if split == "test" and damaged:
-            raise UserError(f"{source}: {len(damaged)} files cannot be read as images: {some(damaged)}")
+            raise UserError(f"{source}: {len(damaged)} of its images cannot be read: {some(damaged)}")
         if split == "test" and transparent:
-            say(f"{transparent} images are transparent in places: they were put on white")
+            say(f"images that are transparent in places, put on white: {transparent}")
 
     return find_levels(files, labels), (classes, None, [(split, len(names[split]), images(split)) for split in names])
 
@@ -527,12 +534,12 @@ def warn_of_duplicates(digests, labels):
     known = set(train)
     shared = sum(digest in known for digest in test)
     if shared:
-        say(f"warning: {shared} of {len(test)} test images are in the training set too, so the test flatters the model")
+        say(f"warning: test images that are in the training set too: {shared} of {len(test)}; they flatter the model")
     label_of = {}
     pairs = zip(train + test, [*labels["train"].tolist(), *labels["test"].tolist()])
     unsure = {digest for digest, label in pairs if label_of.setdefault(digest, label) != label}
     if unsure:
-        say(f"warning: {len(unsure)} pictures stand under two classes or more")
+        say(f"warning: pictures that stand under two classes or more: {len(unsure)}")
 
 
 def write_dataset(folder, args):

@@ -155,7 +155,7 @@ def test_icons_whose_shape_is_in_the_alpha_channel(make, tmp_path, capsys):
     folder = make("Icons", "--source", tmp_path / "icons", "--num_clients", 2)
     squares = [image for _, image in images(folder, "train") if (image[:8] == 255).all()]
     assert len(squares) == 2 and all((image[9:23, 9:23] == 0).all() for image in squares)
-    assert capsys.readouterr().out.count("4 images are transparent") == 1
+    assert capsys.readouterr().out.count("transparent in places, put on white: 4") == 1
 
 
 def test_set_with_nothing_transparent_says_nothing_of_it(make, tmp_path, capsys):
@@ -196,13 +196,16 @@ def test_16_bit_values_are_scaled_by_the_range_of_the_whole_set(make, tmp_path, 
     assert by_label["test"][1].max() == 0 and np.ptp(by_label["train"][1]) == 0
     if high - low >= 600:
         assert len(np.unique(by_label["train"][0])) > 120  # not 3 levels
-    assert capsys.readouterr().out.count(f"8 images have 16-bit values from {low} to {high}") == 1
+    assert (
+        capsys.readouterr().out.count(f"16 bits with values from {low} to {high} alone, which become 0 to 255: 8\n")
+        == 1
+    )
 
 
 def test_16_bit_images_that_use_their_range_give_their_upper_byte_without_a_word(make, tmp_path, capsys):
     save(tmp_path / "deep", a_png=cv2.imencode(".png", ramp(0, 65535))[1].tobytes(), b_png=LOSSLESS["PNG grey"])
     folder = make("Deep", "--source", tmp_path / "deep", "--num_clients", 2)
-    assert info_of(folder)["levels"] is None and "16-bit" not in capsys.readouterr().out
+    assert info_of(folder)["levels"] is None and "16 bits" not in capsys.readouterr().out
     assert sum(np.array_equal(image, ramp(0, 65535) >> 8) for _, image in images(folder, "train")) == 2
 
 
@@ -213,7 +216,7 @@ def test_set_of_8_and_16_bits_scales_the_16_alone(make, tmp_path, capsys):
     folder = make("Mixed", "--source", tmp_path / "mixed", "--num_clients", 2)
     assert info_of(folder)["levels"] == [1000, 2000]
     assert sum(np.array_equal(image, eight) for _, image in images(folder, "train")) == 2
-    assert "4 images have 16-bit values from 1000 to 2000" in capsys.readouterr().out
+    assert "values from 1000 to 2000 alone, which become 0 to 255: 4\n" in capsys.readouterr().out
 
 
 def test_alpha_of_16_bits_is_put_on_the_white_of_the_scaled_image(make, tmp_path):

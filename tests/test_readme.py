@@ -56,12 +56,12 @@ def test_five_lines_use_a_trained_model(tiny):
 def write_photos(folder, kind):
     """Shapes of three classes, enlarged and with grain: as PNGs in colour, in grey, or of 12 bits and not square."""
     rng = np.random.RandomState(0)
-    for split, _, drawn in partition.draw_shapes(600, 200)[2]:
+    for split, _, drawn in partition.draw_shapes(2000, 200)[2]:
         for index, (image, label) in enumerate(drawn):
             if label < 3:
                 image = cv2.resize(image, (144, 160), interpolation=cv2.INTER_CUBIC)
                 image = image[:, :, ::-1].astype(float) if kind == "colour" else image.mean(2)
-                image = np.clip(image + rng.normal(0, 40, image.shape), 0, 255)
+                image = np.clip(image + rng.normal(0, 150, image.shape), 0, 255)
                 image = image.astype(np.uint8) if kind != "12 bits" else (800 + image * 4).astype(np.uint16)
                 path = folder / split / partition.SHAPES[label] / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ def test_lines_for_a_trained_model_are_as_right_as_its_test_says(suite, kind):
     write_photos(suite.root / "photos", kind)
     how = ("--image_size", "40x36", "--fit", "crop") if kind == "12 bits" else ()
     suite.partition("--dataset", "Photos", "--source", suite.root / "photos", "--num_clients", 1, *how)
-    server = suite.server("--dataset", "Photos", "--num_clients", 1, "--num_rounds", 5)
+    server = suite.server("--dataset", "Photos", "--num_clients", 1, "--num_rounds", 4, "--num_epochs", 3)
     suite.client(0, "--dataset", "Photos")
-    assert server.wait(150) == 0, server
+    assert server.wait(240) == 0, server
     checkpoint = torch.load(suite.ckps("Photos") / "best.ptl", weights_only=True)
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("ckps/CIFAR10", "ckps/Photos")
     driver = f"""import pathlib, sys; sys.path.insert(0, ".")

@@ -118,7 +118,7 @@ def test_layouts(read, change, mode):
 def test_set_for_validation_beside_a_test_set_is_passed_over_and_said(read, capsys):
     folder = read({**PLAIN, "val/ant/a.png": png(999)})
     assert content(folder) == expected(PLAIN)
-    assert "passed over 1 that are no images of a class: val/ant/a.png" in capsys.readouterr().out
+    assert "passed over, for it is no image of a class: val/ant/a.png (1 in all)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -135,7 +135,7 @@ def test_source_without_a_test_set_is_split_by_class(read, capsys, mode, wrapped
         name: [sum(f[:2] == (s, name) for f in found) for s in ("train", "test")] for name in ("ant", "bee", "cat")
     }
     assert counts == {"ant": [16, 4], "bee": [4, 1], "cat": [1, 1]}
-    assert "6 of 27 images were split off" in capsys.readouterr().out
+    assert "split off for it were 6 of 27 images" in capsys.readouterr().out
     tests = [{number for split, _, number in content(read(files, mode, *args)) if split == "test"} for args in (
         (), ("--seed", 1), ("--test_fraction", 0.5))]  # fmt: skip
     assert tests[0] == {number for split, _, number in found if split == "test"} != tests[1]
@@ -153,10 +153,10 @@ def test_what_is_no_image_of_a_class_is_passed_over_counted_and_named(read, caps
     for mode in (None, "zip", "w:gz"):
         assert content(read({**PLAIN, **litter}, mode)) == expected(PLAIN)
         line = next(line for line in capsys.readouterr().out.splitlines() if "passed over" in line)
-        assert line.startswith("passed over 15 ") and line.endswith(", …")  # what lies in .git counts once
+        assert line.count(", ") == 6 and line.endswith(", … (15 in all)")  # what lies in .git counts once
     litter = {name: litter[name] for name in ("README.md", "train/ant/notes.txt")}
     read({**PLAIN, **litter}, "zip")
-    assert "passed over 2 that are no images of a class: README.md, train/ant/notes.txt\n" in capsys.readouterr().out
+    assert "README.md, train/ant/notes.txt (2 in all)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["zip", "w:"])
@@ -278,10 +278,22 @@ def test_all_damaged_files_are_named_at_once(make, read, tmp_path, mode):
     with pytest.raises(UserError) as caught:
         read({**PLAIN, **bad, "train/bee/photo.heic": b"\0\0\0\x18ftypheic", "train/bee/note.jpg": b"to do"}, mode)
     text = str(caught.value)
-    assert "14 files" in text and text.count(".png (") + text.count(".heic (") + text.count(".jpg (") == 10
+    assert "14 of its images" in text and text.count(".png (") + text.count(".heic (") + text.count(".jpg (") == 10
     assert text.endswith("…") and "train/bee/note.jpg" in text and "train/ant/bad05.png" in text
     assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["Set"]
     assert tree(tmp_path / "datasets" / "Set") == before
+
+
+def test_one_image_of_each_class_gives_no_test_set(read):
+    with pytest.raises(UserError, match="test set"):
+        read(layout("ant/1.png", "bee/2.png", "cat/3.png", "dog/4.png"))
+
+
+def test_tar_that_ends_with_a_zip_is_a_tar(make, tmp_path):
+    inner = pack(tmp_path / "inner.zip", {name: png(900) for name in PLAIN}, "zip").read_bytes()
+    source = pack(tmp_path / "outer.tar", {**PLAIN, "train/zz.zip": inner}, "w:")
+    assert zipfile.is_zipfile(source)  # by its end
+    assert content(make("Set", "--source", source, "--num_clients", 2)) == expected(PLAIN)
 
 
 def test_encrypted_zip_is_named(make, tmp_path):
@@ -320,15 +332,15 @@ def test_duplicates_are_counted_and_said(read, capsys):
     }
     read(files)
     out = capsys.readouterr().out
-    assert "3 of 9 test images are in the training set too" in out  # x, y, w
-    assert "2 pictures stand under two classes" in out  # 1 in training alone, 2 over both
+    assert "test images that are in the training set too: 3 of 9" in out  # x, y, w
+    assert "pictures that stand under two classes or more: 2" in out  # 1 in training alone, 2 over both
 
 
 def test_same_pixels_in_another_coding_are_duplicates_and_within_a_class_nothing_is_said(read, capsys):
     bmp = cv2.imencode(".bmp", cv2.imdecode(np.frombuffer(png(0), np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
     read({**PLAIN, "test/ant/again.bmp": bmp, "train/bee/twice.png": png(3)})
     out = capsys.readouterr().out
-    assert "1 of 7 test images are in the training set too" in out and "two classes" not in out
+    assert "in the training set too: 1 of 7" in out and "two classes" not in out
 
 
 def test_set_without_duplicates_says_nothing_of_them(read, capsys):
