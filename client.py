@@ -9,12 +9,14 @@ and metrics, never an image. Reconnects by itself; ends with exit code 0 when th
 import contextlib
 import hashlib
 import os
+import platform
 import queue
 import random
 import re
 import secrets
 import socket
 import ssl
+import sys
 import threading
 import time
 import traceback
@@ -26,6 +28,7 @@ from libs import (
     UserError,
     atomic_write,
     join_address,
+    keep_alive,
     lock_file,
     new_parser,
     np,
@@ -42,6 +45,7 @@ from libs import (
     torch,
 )
 
+import flwr
 import grpc
 from flwr.client import NumPyClient
 from flwr.common import serde
@@ -92,6 +96,7 @@ class Client(NumPyClient):
         self.notice = {}  # what the server said before it sends us away
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
+        self.answered = None  # when a fit or evaluate was answered last
 
     def get_properties(self, config):
         """Answer what the server asks besides training: who this is ("nonce"), and to make ready ("net").
@@ -143,10 +148,11 @@ class Client(NumPyClient):
     def fit(self, parameters, config):
         """Train from `parameters` with the hyper-parameters in `config`: all of it but "round" and "num_rounds".
 
-        Returns (parameters, number of fit images, metrics of engines.client_fit_fn), or ([], 0, {"error": reason}).
+        Returns (parameters, number of fit images, metrics of engines.client_fit_fn and telemetry), or ([], 0, {"error":
+        reason}).
         """
         try:
-            started = time.monotonic()
+            started, telemetry = time.monotonic(), self.telemetry()
             self.set_parameters(parameters)
             hyper_parameters = {name: config[name] for name in config if name not in ("round", "num_rounds")}
             current = config.get("round")
@@ -163,25 +169,38 @@ class Client(NumPyClient):
             )
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
-            say(f"{title}  {figures}  {time.monotonic() - started:.1f} s")
-            return self.get_parameters({}), len(self.loaders["fit"].dataset), metrics
+            telemetry["fit_seconds"] = time.monotonic() - started
+            say(f"{title}  {figures}  {telemetry['fit_seconds']:.1f} s")
+            telemetry.update(sensors())
+            return self.get_parameters({}), len(self.loaders["fit"].dataset), {**metrics, **telemetry}
         except Exception as error:
             traceback.print_exc()
             return [], 0, {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            self.answered = time.monotonic()
 
     def evaluate(self, parameters, config):
         """Measure the global model `parameters` on the eval images.
 
-        Returns (loss, number of eval images, {"global_eval_loss", "global_eval_accuracy"}), or (0.0, 0, {"error"}).
+        Returns (loss, number of eval images, {"global_eval_loss", "global_eval_accuracy", and telemetry}), or
+        (0.0, 0, {"error": reason}).
         """
         try:
+            started, telemetry = time.monotonic(), self.telemetry()
             self.set_parameters(parameters)
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)
             metrics = {"global_eval_loss": loss, "global_eval_accuracy": accuracy}
-            return loss, len(self.loaders["eval"].dataset), metrics
+            telemetry["eval_seconds"] = time.monotonic() - started
+            return loss, len(self.loaders["eval"].dataset), {**metrics, **telemetry}
         except Exception as error:
             traceback.print_exc()
             return 0.0, 0, {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            self.answered = time.monotonic()
+
+    def telemetry(self):
+        """{"wait_seconds": since the last answer}, which the network and the other devices take; {} at the first."""
+        return {} if self.answered is None else {"wait_seconds": time.monotonic() - self.answered}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +308,9 @@ def serve(client, host, port, certificate):
     client.notice, client.heard, client.listening = {}, False, time.monotonic()
     try:
         for message in FlowerServiceStub(channel).Join(iter(answers.get, None)):
+            if not client.heard:
+                for sock in tcp_sockets(port, far=True):  # so that a server that vanishes while we train is noticed
+                    keep_alive(sock)
             client.heard, client.listening = True, None
             answers.put(answer(flower_client, message))
             over = message.HasField("reconnect_ins")
@@ -347,6 +369,48 @@ def choose_device(name):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:200]}") from None
     return device
+
+
+def describe_machine(root=Path("/")):
+    """What this client runs on, for the server and for people: board, versions, threads, free memory in MB.
+
+    `root` is where /proc lies.
+    """
+    facts = {
+        "board": platform.machine(),
+        "torch": torch.__version__,
+        "flwr": getattr(flwr, "__version__", "before 1.8"),
+    }
+    facts.update(python=platform.python_version(), threads=torch.get_num_threads())
+    with contextlib.suppress(OSError):
+        facts["board"] = (root / "proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    with contextlib.suppress(OSError, AttributeError):
+        found = re.search(r"^MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+        facts["free_mb"] = int(found[1]) // 1024
+    return facts
+
+
+def sensors(root=Path("/")):
+    """What the board tells of itself now; what it has no sensor for is absent. `root` is where /sys lies.
+
+    peak_memory_mb: of this process. cpu_temp_c: °C. load: processes that want a core, mean of a minute. throttled: a
+    Raspberry Pi's bits (vcgencmd get_throttled): 0 undervoltage, 1 capped, 2 throttled, 3 soft limit now; 16 to 19 the
+    same since the boot.
+    """
+    found = {}
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["peak_memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
+    with contextlib.suppress(OSError, ValueError):
+        found["cpu_temp_c"] = int((root / "sys/class/thermal/thermal_zone0/temp").read_text()) / 1000
+    with contextlib.suppress(OSError, ValueError):
+        path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+        found["throttled"] = int(path.read_text(), 16)
+    with contextlib.suppress(OSError, AttributeError):
+        found["load"] = os.getloadavg()[0]
+    return found
 
 
 def board_id():
@@ -418,6 +482,7 @@ def main():
         return load_shard(DATASETS / args.dataset, args.cid, device, image_size)
 
     loaders, info = load()
+    machine = describe_machine()
     folder = CKPS / args.dataset
     lock = lock_cid(args.cid, folder)  # noqa: F841 (held until the process ends)
     client = Client(
@@ -430,12 +495,15 @@ def main():
             "dataset": args.dataset,
             "device_id": device_id(folder / f"client_{args.cid}.id"),
             "process": secrets.token_hex(8),
+            **machine,
         },
         about={"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)},
         secret=secret,
         load=load,
     )
     say(f"client {args.cid} of {args.dataset}: {sizes(loaders)} images on {device}")
+    free = f", {machine['free_mb']} MB free" if "free_mb" in machine else ""
+    say("on {board}: {threads} threads, torch {torch}, flwr {flwr}, Python {python}".format(**machine) + free)
     on_signal(lambda signum: os._exit(128 + signum))  # nothing has to be brought to an end
     return stay_connected(client, args.server_address, args.server_port, args.root_certificate, args.max_wait_time)
 

@@ -7,6 +7,7 @@ Waits for the clients, has all of them train at the same time in every round, av
 result. Leaves server.ptl, best.ptl, history.csv and metrics.png in ckps/<dataset>/, and the curves in Weights & Biases.
 """
 
+import collections
 import errno
 import functools
 import hmac
@@ -18,6 +19,7 @@ import secrets
 import signal
 import socket
 import ssl
+import statistics
 import sys
 import threading
 import time
@@ -68,6 +70,8 @@ READY_TIMEOUT = 120  # seconds for a client to read its shard anew, if it has to
 MALFORMED = (TypeError, ValueError)  # what Flower raises on an answer that is none
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
+LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
+LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
 
 
@@ -92,7 +96,11 @@ def parse_args():
         "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
-    parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
+    parser.add_argument(
+        "--round_timeout",
+        type=lambda text: text if text == "auto" else positive(text),
+        help="seconds until stragglers are left out; auto: three times a client's own usual, 30 or more (default: off)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
     parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
     parser.add_argument(
@@ -449,9 +457,11 @@ class Server(flwr.server.Server):
     A round is counted only if somebody trained in it.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, first_round=1):
+    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
+        self.auto_timeout = auto_timeout
+        self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
     def stop(self, signum):
@@ -491,32 +501,43 @@ class Server(flwr.server.Server):
 
     def ask(self, method, instructions, timeout, current):
         """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …])."""
-        answers, waiting = queue.SimpleQueue(), {client for client, _ in instructions}
-        late = time.monotonic() + timeout + 1 if timeout else float("inf")
+        answers, waiting, started = queue.SimpleQueue(), {client for client, _ in instructions}, time.monotonic()
+        limits = {client: self.limit(method, client.cid, timeout) for client in waiting}
 
-        def ask_one(client, ins):
+        def ask_one(client, ins, limit):
             try:
-                answers.put((client, (client, getattr(client, method)(ins, timeout, current))))
+                answers.put((client, (client, getattr(client, method)(ins, limit, current))))
             except Exception as error:
                 answers.put((client, error))
 
         for client, ins in instructions:
-            threading.Thread(target=ask_one, args=(client, ins), name=f"{method} {client.cid}", daemon=True).start()
+            args, name = (client, ins, limits[client]), f"{method} {client.cid}"
+            threading.Thread(target=ask_one, args=args, name=name, daemon=True).start()
         results, failures = [], []
         while waiting:
             self.check()
-            if time.monotonic() > late:  # Flower's own limit starts when all is sent, which to a dead link it never is
-                late = float("inf")
-                for client in waiting:
+            for client in waiting:  # Flower's own limit starts when all is sent, which to a dead link it never is
+                if limits[client] is not None and time.monotonic() > started + limits[client] + 1:
+                    limits[client] = None
                     self.registry.remove(client)
             try:
                 client, answer = answers.get(timeout=POLL)
             except queue.Empty:
                 continue
             waiting.remove(client)
-            good = isinstance(answer, tuple) and answer[1].status.code == Code.OK
-            (results if good else failures).append(answer)
+            if isinstance(answer, tuple) and answer[1].status.code == Code.OK:
+                self.seconds[method, client.cid].append(time.monotonic() - started)
+                results.append(answer)
+            else:
+                failures.append(answer)
         return results, failures
+
+    def limit(self, method, cid, timeout):
+        """The seconds that a client has to answer, None for no limit: `timeout`, or by its own last answers."""
+        seconds = self.seconds[method, cid][-LAST_ANSWERS:]
+        if not self.auto_timeout:
+            return timeout
+        return max(LEAST_TIMEOUT, 3 * statistics.median(seconds)) if len(seconds) >= 3 else None
 
     def pause(self, seconds):
         until = time.monotonic() + seconds
@@ -639,11 +660,12 @@ def main():
         "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
     }
     registry = Registry(args.num_clients, task, secret, args.server_port)
-    server = Server(registry, strategy, args.min_clients, last_round + 1)
+    server = Server(registry, strategy, args.min_clients, last_round + 1, args.round_timeout == "auto")
 
     on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
-    config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
+    auto_timeout = args.round_timeout == "auto"
+    config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto_timeout else args.round_timeout)
     code = run_rounds(server, server_address=address, config=config, certificates=certificates)
     code = end_rounds(server, code)
     progress.close()

@@ -15,7 +15,7 @@ import pytest
 from conftest import Process
 from test_faults import ends, lines, new_suite, ordered, patched, play
 
-HEARTBEAT, SILENCE, ROUND_TIMEOUT = 1, 5, 8  # seconds
+HEARTBEAT, SILENCE, ROUND_TIMEOUT, KEEPALIVE = 1, 5, 8, 6  # seconds
 
 
 class Network:
@@ -201,6 +201,45 @@ def test_training_is_complete_in_spite_of_it(cut):
     assert list(rows["failures"]) == [2, 2, 0]
 
 
+@pytest.fixture
+def vanished(network, tmp_path, three_shards):
+    """A client trains for longer than KEEPALIVE, honestly; then its board vanishes in the midst of a fit."""
+    suite, keepalive = new_suite(tmp_path, three_shards), f"import libs; libs.KEEPALIVE = {KEEPALIVE}\n"
+
+    def start(namespace, name, patch, *args):
+        arguments = map(str, (*patched(suite, name, keepalive + patch), *args, "--server_address", network.address))
+        command = ["ip", "netns", "exec", namespace, sys.executable, *arguments]
+        suite.processes.append(Process(command, suite.root / f"process_{len(suite.processes)}", suite.env, "/"))
+        return suite.processes[-1]
+
+    try:
+        server = start(network.server, "server", "", "--num_clients", 1, "--num_rounds", 3)
+        client = start(network.clients, "client", ordered(suite, max_delay=1), "--num_threads", 1, "--cid", 0)
+        client.wait_for("fit of round 1", timeout=120)
+        time.sleep(2.5 * KEEPALIVE)
+        play(suite, 1, {0: ""})
+        client.wait_for("fit of round 2")
+        honest = lines(server, "dropped")
+        network.cut()
+        seconds = wait_until("the server notices", lambda: lines(server, "round 2: dropped cid 0: connection lost"))
+        network.mend()
+        play(suite, 2, {0: ""})
+        client.wait_for("lost the server")  # at once when its fit ends: its kernel has noticed too
+        server.wait_for("cid 0 joined", count=2)
+        (suite.root / "orders" / "free").touch()
+        codes = [server.wait(), client.wait()]
+        rows = list(pd.read_csv(suite.ckps("Tiny") / "history.csv")["round"])
+        yield {"honest": honest, "seconds": seconds, "codes": codes, "rows": rows}
+    finally:
+        suite.close()
+
+
+def test_board_that_vanishes_in_the_midst_of_a_fit_is_noticed_though_an_honest_fit_may_take_any_time(vanished):
+    assert vanished["honest"] == []
+    assert vanished["seconds"] < KEEPALIVE + 15
+    assert vanished["codes"] == [0, 0] and vanished["rows"] == [1, 2, 3]
+
+
 def test_promised_times():
     """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
     import client
@@ -208,3 +247,4 @@ def test_promised_times():
 
     assert client.SILENCE <= 120 and client.MAX_DELAY + client.PROBE_TIMEOUT <= 30
     assert 2 * server.HEARTBEAT <= client.SILENCE
+    assert server.KEEPALIVE <= 45  # for a board that vanishes while it trains
