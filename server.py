@@ -33,7 +33,7 @@ from flwr.server.client_proxy import ClientProxy
 from client import plain_args, prove, read_secret
 from data import BatchLoader, ImageDataset, describe_dataset, read_table
 from nets import Net, fingerprint
-from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
+from record import Progress, Record, complete, find_run, resume, start_wandb
 from strategies import STRATEGIES, FedAvg
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
@@ -62,7 +62,16 @@ def parse_args():
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
-    parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="go on from server.ptl in FOLDER, or in ckps/<dataset> if none is named (default: off)",
+    )
+    parser.add_argument(
+        "--allow_new_data", action="store_true", help="resume though the classes, the shards or the test set are others"
+    )
     parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
     parser.add_argument(
         "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
@@ -427,6 +436,17 @@ def load_test(folder):
     return BatchLoader(test, 250), info
 
 
+def hold_folder(folder, dataset):
+    """Be the one server that writes to `folder`, as long as the file that this returns is open."""
+    try:
+        held = claim(folder / "server.lock")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if held is None:
+        raise UserError(f"another server is training {dataset} in {folder}")
+    return held
+
+
 def main():
     args = parse_args()
     if not args.verbose:
@@ -438,35 +458,35 @@ def main():
     address = check_address(args.server_address, args.server_port)
     test, info = load_test(DATASETS / args.dataset)
     model = Net(info["channels"], len(info["classes"]))
+    settings = plain_args(args)
+    about = {"dataset": args.dataset, "classes": info["classes"], "dataset_id": info.get("id"), "args": settings}
+    about["images"] = info.get("images")
     folder = CKPS / args.dataset
-    checkpoint = folder / "server.ptl"
-    try:
-        held = claim(folder / "server.lock")
-        if held is None:
-            raise UserError(f"another server is training {args.dataset} in {folder}")
-        last_round, run_id = resume(checkpoint, model, args.dataset) if args.resume else (0, None)
-        if last_round >= args.num_rounds:
-            say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
-            return 0
-        if not args.resume:
-            move_aside(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    held = hold_folder(folder, args.dataset)  # noqa: F841 (as long as this process lives)
+    source = find_run(folder, args.resume)
+    rows, run_id = resume(source, model, about, args.allow_new_data) if source else ([], None)
+    last_round = len(rows)
     if secret is None and not is_loopback(args.server_address):
         say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
 
+    if last_round >= args.num_rounds:
+        checkpoint = source / "server.ptl"
+        say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
+        complete(source, rows, run_id, about)
+        return 0
+
     # The parts, from the last to the first.
-    settings = plain_args(args)
-    run, where = start_wandb(args.dataset, run_id, settings)
+    curves, where = start_wandb(args.dataset, run_id, settings, rows)
     say(where)
-    curves = Curves(run)
+    curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(
         model,
-        checkpoint,
+        folder / "server.ptl",
         last_round=last_round,
+        source=source,
         test_loaders={"test": test},
-        about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+        about={**about, "wandb_run_id": curves.run.id},
         on_row=progress.show_row,
         log=curves.log,
     )
@@ -490,7 +510,7 @@ def main():
     code = end_rounds(server, code)
     progress.close()
     curves.finish()
-    show_files(folder)
+    record.show_files()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive

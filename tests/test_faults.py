@@ -438,7 +438,8 @@ def test_stopped_server_leaves_all_up_to_the_last_finished_round(killed, name, c
     state = killed.states[name]
     assert state["code"] == code
     assert state["rows"] == list(range(1, last + 1)) and state["round"] == last
-    assert state["picture"] and wandb_steps(state["folders"][-1]) == [last]
+    steps = [step for folder in state["folders"] for step in wandb_steps(folder)]
+    assert state["picture"] and sorted(steps) == list(range(1, last + 1)) and last in wandb_steps(state["folders"][-1])
     assert f"stopping ({name};" in state["server"].out and state["server"].err == ""
     assert str(killed.ckps("Tiny") / "server.ptl") in state["server"].out
 
@@ -457,8 +458,11 @@ def test_waiting_client_is_told_that_the_server_stops(killed):
 def test_runs_of_wandb_share_one_id_and_no_step(killed):
     folders = wandb_folders(killed)
     assert len(folders) == 6 and {wandb_id(folder) for folder in folders} == {killed.states["end"]["run_id"]}
-    steps = [step for name in ("SIGTERM", "SIGINT", "end") for step in wandb_steps(killed.states[name]["folders"][-1])]
-    assert steps == [4, 5, *range(killed.last - 3, killed.last + 1)]
+    steps = [wandb_steps(folder) for folder in folders]
+    assert sorted(step for part in steps for step in part) == list(range(1, killed.last + 1))
+    assert all(part == sorted(part) for part in steps) and steps[-1][-4:] == list(
+        range(killed.last - 3, killed.last + 1)
+    )
 
 
 @pytest.mark.parametrize("name", ["random 1", "random 2"])
@@ -481,10 +485,17 @@ def test_earlier_files_are_moved_aside_without_resume(open_suite):
     server.wait_for("waiting for 1 of 1 clients: cid 0", timeout=120)
     server.send(signal.SIGTERM)
     assert server.wait() == 143, server
+    assert {name: (folder / name).read_bytes() for name in files} == files  # no round of the new run is saved
+    assert list((suite.root / "ckps").iterdir()) == [folder]
+
+    (suite.root / "orders" / "free").touch()
+    client = ordered_client(suite, 0, patch="script.CKPS = script.CKPS / 'device'")
+    server = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 1)
+    assert server.wait() == 0 and client.wait() == 0, server
     (aside,) = (suite.root / "ckps").glob("Tiny.*")
     assert re.fullmatch(r"Tiny\.\d{4}-\d\d-\d\d_\d{6}", aside.name) and str(aside) in server.out
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
-    assert (folder / "client_0.ptl").read_bytes() == b"the device's own" and not (folder / "server.ptl").exists()
+    assert (folder / "client_0.ptl").read_bytes() == b"the device's own" and load(folder / "server.ptl")["round"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

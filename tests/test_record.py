@@ -1,15 +1,22 @@
 """The record of a run: what its worker saves, in which order, how it ends, and how a later run goes on from it."""
 
+import json
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_faults import start_patched
 
 from nets import LeNet5, get_arrays
-from record import Record
+from record import Record, logged_steps
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -38,7 +45,7 @@ def test_the_worker_has_a_name_and_is_gone_after_close(tmp_path):
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
     assert "record" in [thread.name for thread in threading.enumerate()]
     record.close()
-    assert not record.worker.is_alive()
+    assert not record.worker.thread.is_alive()
 
 
 def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_path):
@@ -47,7 +54,7 @@ def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_pat
 
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", log=log)
     add(record, 1)
-    record.worker.join(10)
+    record.worker.thread.join(10)
     for call in (record.check, lambda: add(record, 2), record.close, record.close):
         with pytest.raises(OSError, match="no space"):
             call()
@@ -61,9 +68,137 @@ def test_closing_gives_up_on_a_worker_that_hangs(tmp_path, monkeypatch):
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_row=lambda row: release.wait(30))
     add(record, 1)
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match=str(tmp_path)):
+    with pytest.raises(TimeoutError, match="the record hangs"):
         record.close()
     assert time.monotonic() - started < 5
     monkeypatch.undo()
     release.set()
     record.close()  # it went on after all
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 1e200, 1e30, 5e-324, 0.0, -1.0])
+def test_no_figure_that_a_device_can_send_ends_the_drawing(tmp_path, value):
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
+    for current in (1, 2):
+        arrays = get_arrays(record.model)
+        record.add({"round": current, **FIGURES, "fit_loss": value, "eval_loss": value * 0.99}, arrays, {})
+    record.close()
+    assert (tmp_path / "metrics.png").stat().st_size > 1000
+    assert list(pd.read_csv(tmp_path / "history.csv")["fit_loss"]) == [value, value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A kill between any two writes.
+
+KILL = """
+import os, signal, record
+
+def kill_after(owner, name, when):
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if when(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+kill_after({})
+"""
+ROUND_3 = {
+    "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
+    "history.csv": 'record.History, "extend", lambda self, rows: rows[-1]["round"] >= 3',
+    "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
+    "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
+    "wandb": 'record.Curves, "log", lambda self, figures, step: step == 3',
+    "screen": 'record.Progress, "show_row", lambda self, row: row["round"] == 3',
+}
+RISING = """
+import record
+accuracy = [0.0]
+
+def test(loaders, model):
+    accuracy[0] += 0.01  # so that every round is the best
+    return {"test_loss": 1.0, "test_accuracy": accuracy[0] + FIRST}
+
+record.server_test_fn = test
+"""
+
+
+def steps_of(suite):
+    """What the folders of wandb hold, by wandb's own reader: {folder: [a step's figures, …]}."""
+    wandb, steps = str(Path(sys.executable).with_name("wandb")), {}
+    for folder in sorted((suite.root / "wandb").glob("*run-*")):
+        command = [wandb, "leet", "inspect", "--json", folder]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        records = map(json.loads, printed.splitlines())
+        steps[folder] = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return steps
+
+
+def assert_complete(suite, last):
+    """history.csv, both checkpoints and wandb tell the same of the rounds 1 to `last`, each once."""
+    folder = suite.ckps("Tiny")
+    rows = pd.read_csv(folder / "history.csv")
+    assert list(rows["round"]) == list(range(1, last + 1))
+    server, best = (torch.load(folder / name, weights_only=True) for name in ("server.ptl", "best.ptl"))
+    assert server["round"] == last
+    assert best["metrics"]["test_accuracy"] == pytest.approx(rows["test_accuracy"].max())
+    assert best["round"] == rows["round"][rows["test_accuracy"].idxmax()]
+    folders = steps_of(suite)
+    assert {path.name.rpartition("-")[2] for path in folders} == {server["wandb_run_id"]}
+    for path, steps in folders.items():
+        (file,) = path.glob("*.wandb")
+        assert logged_steps(file) == {step["_step"] for step in steps}
+    steps = pd.DataFrame([step for steps in folders.values() for step in steps]).sort_values("_step")
+    assert list(steps["_step"]) == list(rows["round"])
+    for name in rows.columns[1:]:
+        assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
+
+
+@pytest.mark.parametrize("last", [5, 3], ids=["goes on", "was the last round"])
+@pytest.mark.parametrize("point", ROUND_3)
+def test_a_kill_between_any_two_writes_loses_no_round(tiny, point, last):
+    tiny.client(0, "--dataset", "Tiny")
+    args = ("--num_clients", 1)
+    rising = RISING.replace("FIRST", "0.1")
+    killed = start_patched(tiny, "server", rising + KILL.format(ROUND_3[point]), *args, "--num_rounds", last)
+    assert killed.wait(120) == -signal.SIGKILL, killed
+    rising = RISING.replace("FIRST", "0.2" if point != "server.ptl" else "0.0")
+    resumed = start_patched(tiny, "server", rising, *args, "--num_rounds", last, "--resume")
+    assert resumed.wait(120) == 0, resumed
+    again = tiny.run("server.py", "--dataset", "Tiny", *args, "--num_rounds", last, "--resume")
+    assert again.popen.returncode == 0 and "wandb" not in again.out, again  # nothing was left to do
+    assert_complete(tiny, last)
+
+
+def train(suite, *args, num_rounds, code=0):
+    server = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", num_rounds, *args)
+    client = suite.client(0, "--dataset", "Tiny")
+    assert server.wait(120) == code, server
+    if code == 0:
+        assert client.wait(20) == 0, client
+    else:
+        client.kill()
+    return server
+
+
+def test_two_runs_that_go_on_from_one_have_complete_curves_each(tiny):
+    train(tiny, num_rounds=2)
+    train(tiny, num_rounds=2)
+    (aside,) = (tiny.root / "ckps").glob("Tiny.*")
+    before = {path.name: path.read_bytes() for path in aside.iterdir()}
+    for _ in range(2):
+        server = train(tiny, "--resume", aside, num_rounds=4)
+        run_id = torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["wandb_run_id"]
+        steps = [s["_step"] for path, part in steps_of(tiny).items() if path.name.endswith(run_id) for s in part]
+        assert steps == [1, 2, 3, 4], server
+        assert list(pd.read_csv(tiny.ckps("Tiny") / "history.csv")["round"]) == [1, 2, 3, 4]
+        assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+        assert (tiny.ckps("Tiny") / "best.ptl").exists()
+    assert len(list((tiny.root / "ckps").glob("Tiny.*"))) == 3
+    shutil.rmtree(tiny.root / "wandb")  # as `wandb sync --clean` does
+    train(tiny, "--resume", num_rounds=5)
+    ((_, steps),) = steps_of(tiny).items()
+    assert [step["_step"] for step in steps] == [1, 2, 3, 4, 5]
