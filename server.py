@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import os
 import queue
+import re
 import secrets
 import signal
 import socket
@@ -41,6 +42,8 @@ HANDSHAKE_TIMEOUT = 10  # seconds
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
+HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
+LOST = "connection lost"  # the one reason of DeviceFailure that says nothing of the run
 
 
 def parse_args():
@@ -92,6 +95,10 @@ def parse_args():
 
 class Stopped(Exception):
     """A signal asked the server to stop."""
+
+
+class Hopeless(Exception):
+    """A round fails again and again, for reasons that do not pass by themselves."""
 
 
 class DeviceFailure(Exception):
@@ -308,6 +315,7 @@ class Server(flwr.server.Server):
     def __init__(self, registry, strategy, min_clients=1, first_round=1):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
+        self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
     def stop(self, signum, frame):
@@ -328,6 +336,7 @@ class Server(flwr.server.Server):
         signal.signal(signal.SIGINT, self.stop)  # Flower's start_server has just put its own there
         signal.signal(signal.SIGTERM, self.stop)
         started, delay, current = time.monotonic(), 1, self.first_round
+        failed = []  # for which lasting reasons the current round failed, a set a try
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
             self.registry.wait_for_round(self.min_clients, self.check)
@@ -335,16 +344,37 @@ class Server(flwr.server.Server):
             results, failures = self.ask("fit", instructions, timeout, current)
             parameters, _ = self.strategy.aggregate_fit(current, results, failures)
             if parameters is None:
+                failed.append(self.lasting_reasons(len(instructions)))
+                if len(failed) >= HOPELESS and set.intersection(*failed[-HOPELESS:]):
+                    raise Hopeless(self.describe_failure(current))
                 say(f"round {current}: nobody trained; it is run again in {delay} s")
                 self.pause(delay)
                 delay = min(2 * delay, MAX_RETRY_DELAY)
                 continue
-            self.parameters, delay = parameters, 1
+            self.parameters, self.trained, delay, failed = parameters, True, 1, []
             instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
             current += 1
         return flwr.server.History(), time.monotonic() - started
+
+    def lasting_reasons(self, num_asked):
+        """Why the last try failed on all that were asked, without the numbers in it; empty where that may pass.
+
+        A lost connection passes: Wi-Fi heals, devices come back, and the run is to survive the night. So does a
+        timeout that has been met before: it is long enough, and the devices are cut off or busy for a while.
+        """
+        reasons = set(self.strategy.reasons.values())
+        may_pass = LOST in reasons or (self.trained and any("no answer within" in reason for reason in reasons))
+        if may_pass or len(self.strategy.reasons) < num_asked:
+            return set()
+        return {re.sub(r"nan|inf|[\d.]+(e[+-]?\d+)?", "#", reason) for reason in reasons}
+
+    def describe_failure(self, current):
+        reasons = sorted(set(self.strategy.reasons.values()))
+        shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
+        saved = f"rounds 1 to {current - 1} are saved" if current > 1 else "no round was finished, nothing is saved"
+        return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
 
     def ask(self, method, instructions, timeout, current):
         """Ask all clients at the same time: ([(client, its answer), …], [DeviceFailure or (client, answer), …])."""
@@ -543,8 +573,10 @@ def end_rounds(server, code):
 
 
 def fail(error):
-    """Say why the server ends: in a line where a disk or folder is at fault, else with the traceback. Returns 1."""
-    if isinstance(error, OSError):
+    """Say why the server ends: in a line where the run or a disk is at fault, else with the traceback. Returns 1."""
+    if isinstance(error, Hopeless):
+        say(f"server.py: {error}", sys.stderr)
+    elif isinstance(error, OSError):
         say(f"server.py: cannot go on: {error}", sys.stderr)
     else:
         traceback.print_exception(error)

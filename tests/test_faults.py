@@ -499,6 +499,85 @@ def test_earlier_files_are_moved_aside_without_resume(open_suite):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot succeed.
+
+FAILING = {
+    "raise": """raise RuntimeError(f"out of memory, {time.monotonic_ns()} bytes are free")""",
+    "nan": """return [np.full_like(array, np.nan) for array in real_fit(self, parameters, config)[0]], 10, FIGURES""",
+    "shape": """return real_fit(self, parameters, config)[0][:-1], 10, FIGURES""",
+    "slow": """time.sleep(3); return real_fit(self, parameters, config)""",
+}
+FAIL_FROM = """
+from libs import np
+import time
+real_fit = script.Client.fit
+FIGURES = dict.fromkeys(("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"), 0.5)
+
+def fit(self, parameters, config):
+    if config["round"] < FIRST:
+        return real_fit(self, parameters, config)
+    try:
+        DO
+    except RuntimeError as error:
+        return [], 0, {"error": str(error)}
+
+script.Client.fit, script.MAX_DELAY = fit, 1
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, first, reason",
+    [
+        ("raise", 2, r"out of memory, \d+ bytes are free"),
+        ("nan", 1, "array layer1.0.weight has values that are not finite"),
+        ("shape", 1, "19 arrays, not 20"),
+        ("slow", 1, "no answer within 1 s"),
+        ("--lr 1e20", 1, "metric fit_loss is (nan|inf), not a finite number"),
+    ],
+)
+def test_a_run_that_cannot_succeed_ends_with_its_reason(tiny, kind, first, reason):
+    flags = kind.split() if kind in ("--lr 1e20",) else ["--round_timeout", 1] * (kind == "slow")
+    patch = FAIL_FROM.replace("FIRST", str(first)).replace("DO", FAILING[kind]) if kind in FAILING else ""
+    clients = [start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", cid) for cid in range(2)]
+    server = tiny.server("--dataset", "Tiny", "--num_clients", 2, "--num_rounds", 4, *flags)
+    assert server.wait(150) == 1, server
+    (line,) = server.err.splitlines()
+    saved = "rounds 1 to 1 are saved" if first == 2 else "nothing is saved"
+    assert re.match(f"server.py: round {first} failed on all clients 5 times in a row: .*{reason}.*{saved}", line), line
+    assert len(lines(server, f"round {first}: nobody trained; it is run again")) == 4
+    folder = tiny.ckps("Tiny")
+    assert (folder / "server.ptl").exists() == (first == 2)
+    if first == 2:
+        assert list(history(tiny)["round"]) == [1] and load(folder / "server.ptl")["round"] == 1
+    for client in clients:
+        assert client.popen.poll() is None
+    if kind != "slow":  # those are busy when the server ends
+        for client in clients:
+            client.wait_for("the server stopped before the last round; trying again")
+
+
+def test_lost_connections_are_no_reason_to_end(tiny):
+    patch = """
+import os
+from pathlib import Path
+real_fit, count = script.Client.fit, Path(COUNT)
+
+def fit(self, parameters, config):
+    tries = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(tries + 1))
+    if tries < 6:  # as a device that restarts
+        os.execv(sys.executable, sys.orig_argv)
+    return real_fit(self, parameters, config)
+
+script.Client.fit = fit
+""".replace("COUNT", repr(str(tiny.root / "count")))
+    client = start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", 0)
+    server = tiny.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 1)
+    assert server.wait(150) == 0 and client.wait(20) == 0, server
+    assert len(lines(server, "round 1: dropped cid 0: connection lost")) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A checkpoint that does not fit.
 
 

@@ -160,11 +160,12 @@ def assert_complete(suite, last):
 @pytest.mark.parametrize("last", [5, 3], ids=["goes on", "was the last round"])
 @pytest.mark.parametrize("point", ROUND_3)
 def test_a_kill_between_any_two_writes_loses_no_round(tiny, point, last):
-    tiny.client(0, "--dataset", "Tiny")
-    args = ("--num_clients", 1)
+    args, first = ("--num_clients", 1), tiny.client(0, "--dataset", "Tiny")
     rising = RISING.replace("FIRST", "0.1")
     killed = start_patched(tiny, "server", rising + KILL.format(ROUND_3[point]), *args, "--num_rounds", last)
     assert killed.wait(120) == -signal.SIGKILL, killed
+    first.kill()
+    tiny.client(0, "--dataset", "Tiny")
     rising = RISING.replace("FIRST", "0.2" if point != "server.ptl" else "0.0")
     resumed = start_patched(tiny, "server", rising, *args, "--num_rounds", last, "--resume")
     assert resumed.wait(120) == 0, resumed
