@@ -572,7 +572,7 @@ def fit(self, parameters, config):
 script.Client.fit = fit
 """.replace("COUNT", repr(str(tiny.root / "count")))
     client = start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", 0)
-    server = tiny.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 1)
+    server = start_patched(tiny, "server", "script.MAX_RETRY_DELAY = 1", "--num_clients", 1, "--num_rounds", 1)
     assert server.wait(150) == 0 and client.wait(20) == 0, server
     assert len(lines(server, "round 1: dropped cid 0: connection lost")) == 6
 
