@@ -5,15 +5,20 @@ strategies.py hands over each finished round to a Record, server.py builds it. N
 
 import copy
 import dataclasses
+import glob
+import itertools
 import math
 import os
 import queue
+import shlex
+import shutil
+import struct
 import sys
 import threading
 import time
 from pathlib import Path
 
-from libs import ROOT, UserError, atomic_write, printable, say, tqdm
+from libs import ROOT, UserError, atomic_write, printable, say, torch, tqdm
 
 import pandas as pd
 
@@ -41,12 +46,14 @@ def measured(row):
 class History:
     """The rows of history.csv, a dictionary each; the file is rewritten whole whenever some are added."""
 
-    def __init__(self, path, last_round=0):
-        """Take over the rows of the rounds 1 to `last_round` from `path`. Raises ValueError when not all are there."""
+    def __init__(self, path, last_round=0, source=None):
+        """Take over the rows of the rounds 1 to `last_round`, from the folder `source` where it is another than that of
+        `path`. Raises ValueError when not all are there."""
         self.path, self.rows = Path(path), []
         if last_round:
+            path = Path(source or self.path.parent) / self.path.name
             try:
-                table = pd.read_csv(self.path)[list(COLUMNS)].astype(float)
+                table = pd.read_csv(path)[list(COLUMNS)].astype(float)
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"{path} is missing or damaged: {error}") from None
             table = table[table["round"] <= last_round]
@@ -69,7 +76,8 @@ class History:
         for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):
             for name in MEASURES:
                 if name.endswith(measure):
-                    axes.plot(rounds, [row[name] for row in self.rows], style, label=name)
+                    values = [row[name] if abs(row[name]) < 1e30 else math.nan for row in self.rows]  # or no axis fits
+                    axes.plot(rounds, values, style, label=name)
             axes.set(xlabel="round", ylabel=measure)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -87,118 +95,163 @@ class Round:
     clients: dict
 
 
+class Worker:
+    """A thread that does what it is given, in order. `check`, `put` and `close` raise what fails in it, and ends it.
+
+    `one` is called with each item as it comes, `some` with a list of those that came since, at most every `pause`
+    seconds, and `last` with nothing, at the end.
+    """
+
+    def __init__(self, name, one, some, last, backlog, pause):
+        self.one, self.some, self.last, self.pause = one, some, last, pause
+        self.items = queue.Queue(backlog)
+        self.error = None
+        self.closed = False
+        self.steps = 0  # calls that are over: the sign of life
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def check(self):
+        if self.error is not None:
+            raise self.error
+
+    def put(self, item):
+        """Give it an item; waits where `backlog` of them wait already."""
+        if self.closed:
+            raise RuntimeError(f"{self.thread.name} is closed")
+        self._put(item)
+
+    def close(self):
+        """End the thread. Afterwards all that was put is done, or this raises what prevented it.
+
+        Waits as long as it goes on; raises TimeoutError when nothing is done for STALLED seconds. May be called again.
+        """
+        if not self.closed:
+            self.closed = True
+            self._put(END)
+        while self.thread.is_alive():
+            before = self.steps
+            self.thread.join(STALLED)
+            if self.thread.is_alive() and self.steps == before:
+                raise TimeoutError(f"the {self.thread.name} hangs: nothing was done for {STALLED} s")
+        self.check()
+
+    def _put(self, item):
+        while self.thread.is_alive():
+            try:
+                self.items.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+        self.check()
+
+    def _run(self):
+        waiting, due, ended = [], 0.0, False
+        try:
+            while not ended:
+                item = self._next(due if waiting else None)
+                if item is END:
+                    ended = True
+                elif item is not None:
+                    self.one(item)
+                    waiting.append(item)
+                if waiting and (ended or time.monotonic() >= due):
+                    self.some(waiting)
+                    waiting, due = [], time.monotonic() + self.pause
+                self.steps += 1
+            self.last()
+        except BaseException as error:
+            self.error = error
+
+    def _next(self, until):
+        """The next item, or None where none comes until then; `until` None waits for ever."""
+        timeout = None if until is None else max(0.0, until - time.monotonic())
+        try:
+            return self.items.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+
 class Record:
-    """Keeps what each finished round leaves. One thread tests, saves, logs and draws, while the devices train on.
+    """Keeps what each finished round leaves: a thread tests, saves, logs and draws it, while the devices train on.
 
     model: the net; a copy of it takes the arrays of each round, to test and save them.
-    save_ckp_path: where the newest global model goes; best.ptl, history.csv and metrics.png go beside it.
+    save_ckp_path: where the newest global model goes; best.ptl, history.csv and metrics.png go beside it. What an
+        earlier run left there is moved aside when the first round is saved, unless this run goes on from it.
     last_round: the last round that is finished already; history.csv is continued after it.
+    source: the folder with the files of those rounds, where they are not those beside `save_ckp_path`.
     test_loaders: {"test": loader} to test each round's global model on (engines.server_test_fn), or None.
     about: further entries of the checkpoint (nets.save_checkpoint).
     on_row: called with each row of history.csv when it is saved.
     log: called as log(dictionary, step=round), such as the `log` of a wandb run.
 
-    What fails in the thread ends it; `check`, `add` and `close` raise it.
+    What fails in the thread ends it; `check`, `add` and `close` raise it, and the rounds before stay saved.
     """
 
-    def __init__(self, model, save_ckp_path, last_round=0, test_loaders=None, about=None, on_row=None, log=None):
+    def __init__(
+        self, model, save_ckp_path, last_round=0, source=None, test_loaders=None, about=None, on_row=None, log=None
+    ):
         self.path = Path(save_ckp_path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = self.path.parent
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.model = copy.deepcopy(model)
         self.test_loaders, self.about = test_loaders, about or {}
         self.on_row, self.log = on_row, log
-        self.history = History(self.path.with_name("history.csv"), last_round)
-        accuracies = [measured(row).get("test_accuracy", -1.0) for row in self.history.rows]
-        self.best = max(accuracies, default=-1.0)
+        source = Path(source or self.folder)
+        self.history = History(self.path.with_name("history.csv"), last_round, source)
+        self.best, self.best_path = best_of(source, last_round, self.about)
+        self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
+        self.begun = False  # whether this run has saved anything
         self.drawn_at = time.monotonic()
-        self.steps_done = 0  # rounds tested and batches saved: the worker's sign of life
-        self.error = None
-        self.closed = False
-        self.rounds = queue.Queue(BACKLOG)
-        self.worker = threading.Thread(target=self._work, name="record", daemon=True)
-        self.worker.start()
+        self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
 
     def add(self, row, arrays, clients):
         """Hand over a finished round (see Round); waits where BACKLOG of them wait already.
 
         `row` needs the key round; of the other COLUMNS what is missing could not be measured.
         """
-        if self.closed:
-            raise RuntimeError("the record is closed")
         row = {**dict.fromkeys(COLUMNS, math.nan), **row}
-        self._put(Round(row, arrays, clients))
+        self.worker.put(Round(row, arrays, clients))
 
     def check(self):
         """Raise what went wrong in the worker, if anything did."""
-        if self.error is not None:
-            raise self.error
+        self.worker.check()
 
     def close(self):
-        """End the worker. Afterwards every round that was handed over is saved, logged and in the picture.
+        """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
+        self.worker.close()
 
-        Waits for that as long as it goes on; raises TimeoutError when nothing is finished for STALLED seconds, and
-        what went wrong in the worker, where the rounds before stay saved. Does no more when called again.
-        """
-        if not self.closed:
-            self.closed = True
-            self._put(END)
-        while self.worker.is_alive():
-            before = self.steps_done
-            self.worker.join(STALLED)
-            if self.worker.is_alive() and self.steps_done == before:
-                raise TimeoutError(f"the record of the last rounds hangs: {self.path.parent} answers no more")
-        self.check()
-
-    def _put(self, item):
-        while self.worker.is_alive():
-            try:
-                self.rounds.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
-        self.check()
-
-    def _work(self):
-        """The thread: test the rounds as they come, save them at once or with those that come within SAVE_EVERY."""
-        tested, save_at, ended = [], 0.0, False
-        try:
-            while not ended:
-                finished = self._next(save_at if tested else None)
-                if finished is END:
-                    ended = True
-                elif finished is not None:
-                    self._test(finished)
-                    tested.append(finished)
-                if tested and (ended or time.monotonic() >= save_at):
-                    self._save(tested)
-                    tested, save_at = [], time.monotonic() + SAVE_EVERY
-            if self.history.rows:
-                self._draw()
-        except BaseException as error:
-            self.error = error
-
-    def _next(self, until):
-        """The next of the queue, or None where none comes until then; `until` None waits for ever."""
-        timeout = None if until is None else max(0.0, until - time.monotonic())
-        try:
-            return self.rounds.get(timeout=timeout)
-        except queue.Empty:
-            return None
+    def show_files(self):
+        """Say where the files of the run are, or that it left none."""
+        if not self.begun and not self.goes_on:
+            say(f"no round is finished, nothing is saved{' or moved' if earlier_run(self.folder) else ''}")
+            return
+        for what, name in FILES.items():
+            if (self.folder / name).exists():
+                say(f"{what}: {self.folder / name}")
 
     def _test(self, finished):
         if self.test_loaders is not None:
             set_arrays(self.model, finished.arrays)
             finished.row.update(server_test_fn(self.test_loaders, self.model))
-        self.steps_done += 1
 
     def _save(self, tested):
-        """Save tested rounds. The checkpoint comes last: a killed run goes on from it and drops later rows."""
+        """Save tested rounds, in this order: history.csv, server.ptl, best.ptl, wandb; then the screen, the picture.
+
+        server.ptl decides which rounds are finished, so that a kill between any two of these loses none: a run that
+        goes on drops later rows of history.csv and runs those rounds again; it takes best.ptl from server.ptl where
+        that is better (best_of), and sends to wandb the rows that are missing there (start_wandb).
+        """
+        if not self.begun:
+            self._begin()
         self.history.extend([finished.row for finished in tested])
         for finished in tested:
-            if finished.row["test_accuracy"] > self.best:
+            is_best = finished.row["test_accuracy"] > self.best
+            if is_best or finished is tested[-1]:
+                self._save_checkpoint(self.path.name, finished)
+            if is_best:
                 self.best = finished.row["test_accuracy"]
                 self._save_checkpoint("best.ptl", finished)
-        self._save_checkpoint(self.path.name, tested[-1])
         for finished in tested:
             if self.log is not None:
                 figures = measured(finished.row)
@@ -208,7 +261,16 @@ class Record:
                 self.on_row(finished.row)
         if time.monotonic() - self.drawn_at > DRAW_EVERY:
             self._draw()
-        self.steps_done += 1
+
+    def _begin(self):
+        """Make the folder this run's: move aside what is not, and put best.ptl where it is missing."""
+        best = self.path.with_name("best.ptl")
+        if not self.goes_on:
+            move_aside(self.folder, FILES.values())
+        elif self.best_path is None:
+            move_aside(self.folder, ["best.ptl"])  # of other data
+        keep_best(best, self.best_path)
+        self.begun = True
 
     def _save_checkpoint(self, name, finished):
         set_arrays(self.model, finished.arrays)
@@ -220,25 +282,68 @@ class Record:
         self.history.draw(self.path.with_name("metrics.png"), self.about.get("dataset") or "")
         self.drawn_at = time.monotonic()
 
+    def _end(self):
+        if self.history.rows and (self.begun or self.goes_on):
+            self._draw()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runs before.
 
 
-def resume(path, model, dataset):
-    """Put the checkpoint `path` into `model`: (its round, its wandb run id), (0, None) where there is none yet."""
-    if not path.exists():
-        say(f"nothing to resume in {path.parent}: starting at round 1")
-        return 0, None
+def other_data(checkpoint, about):
+    """What is other in the data of a checkpoint than `about` says, as a phrase, or None.
+
+    Old checkpoints have no dataset_id, and old datasets no id: then only the classes are compared.
+    """
+    classes, now = checkpoint.get("classes"), about.get("classes")
+    if classes is not None and now is not None and list(classes) != list(now):
+        old, new = next(pair for pair in itertools.zip_longest(classes, now) if pair[0] != pair[1])
+        return f"its classes are others, {printable(old, 40)} where {printable(new, 40)} is now"
+    dataset_id, now = checkpoint.get("dataset_id"), about.get("dataset_id")
+    if dataset_id is not None and now is not None and dataset_id != now:
+        return f"its shards or its test set are others: id {printable(dataset_id, 8)}, now {printable(now, 8)}"
+    return None
+
+
+def find_run(folder, resume):
+    """The folder to resume from, or None: `resume` is the value of --resume, which means `folder` where it is True."""
+    if not resume:
+        if earlier_run(folder):
+            if not os.access(folder.parent, os.W_OK):
+                raise UserError(f"cannot write to {folder.parent}, to which the earlier run is to be moved")
+            say(f"the earlier run in {folder} is moved aside when a round is finished (--resume would go on from it)")
+        return None
+    source = folder if resume is True else Path(resume)
+    if (source / "server.ptl").exists():
+        return source
+    if resume is not True:
+        raise UserError(f"cannot resume from {source}: there is no server.ptl in it")
+    aside = moved_aside(folder)
+    hint = f" (the newest run that was moved aside: {how_to_resume(aside[-1])})" if aside else ""
+    say(f"nothing to resume in {folder}: starting at round 1{hint}")
+    return None
+
+
+def resume(folder, model, about, allow_new_data=False):
+    """Put the checkpoint in `folder` into `model`: (the rows of history.csv up to its round, its wandb run id).
+
+    `about` is what this run's checkpoints will say of themselves. Raises UserError where the checkpoint or its history
+    cannot be read, or does not fit; other data is refused unless it is allowed.
+    """
+    path = folder / "server.ptl"
     try:
         saved, checkpoint = load_checkpoint(path)
-        mine = {"dataset": dataset, "net": type(model).__name__, "num_classes": model.num_classes}
+        mine = {"dataset": about["dataset"], "net": type(model).__name__, "num_classes": model.num_classes}
         for name, value in {**mine, "in_channels": model.in_channels}.items():
             if checkpoint[name] != value:
                 raise UserError(f"cannot resume from {path}: its {name} is {checkpoint[name]}, not {value}")
+        other = other_data(checkpoint, about)
+        if other is not None and not allow_new_data:
+            raise UserError(f"cannot resume from {path}: {other}; --allow_new_data goes on with the new data")
         model.load_state_dict(saved.state_dict())
-        History(path.with_name("history.csv"), checkpoint["round"])
-        return checkpoint["round"], checkpoint["wandb_run_id"]
+        rows = History(folder / "history.csv", checkpoint["round"]).rows
+        return rows, checkpoint["wandb_run_id"]
     except UserError:
         raise
     except ValueError as error:
@@ -248,24 +353,133 @@ def resume(path, model, dataset):
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
 
-def move_aside(folder):
-    """Move what an earlier run of the server left in `folder` to a folder with the date in its name."""
-    if found := [folder / name for name in FILES.values() if (folder / name).exists()]:
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y-%m-%d_%H%M%S')}")
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
-        say(f"moved the earlier run to {aside} (--resume would go on from it)")
+def best_of(folder, last_round, about):
+    """The best of the rounds up to `last_round`: (its test accuracy, the file that has its model), or (-1.0, None).
+
+    That is best.ptl, or server.ptl where a kill came between the two. Models of other data do not count: their
+    accuracy was measured on another test set.
+    """
+    best, best_path = -1.0, None
+    for path in (folder / "best.ptl", folder / "server.ptl"):
+        if not last_round or not path.exists():
+            continue
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            accuracy = checkpoint["metrics"].get("test_accuracy")
+            counts = checkpoint["round"] <= last_round and other_data(checkpoint, about) is None
+        except Exception:  # a damaged best.ptl, which the next best model replaces
+            continue
+        if counts and accuracy is not None and accuracy > best:
+            best, best_path = accuracy, path
+    return best, best_path
+
+
+def keep_best(path, best_path):
+    """Make `path`, best.ptl, a copy of what `best_of` found, where that is not best.ptl itself."""
+    if best_path not in (None, path):
+        with atomic_write(path) as part:
+            shutil.copyfile(best_path, part)
+
+
+def earlier_run(folder):
+    """Whether an earlier run has left anything in `folder`."""
+    return any((folder / name).exists() for name in FILES.values())
+
+
+def moved_aside(folder):
+    """The folders to which earlier runs of `folder` were moved and from which one can go on, the newest last."""
+    return sorted(path.parent for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/server.ptl"))
+
+
+def how_to_resume(folder):
+    return f"--resume {shlex.quote(str(folder))}"
+
+
+def move_aside(folder, names):
+    """Move the files `names` of an earlier run, as far as they are in `folder`, to a folder with the date in its name.
+
+    That one is whole before anything is taken away here, server.ptl first: a kill in between leaves a run whole that
+    one can go on from.
+    """
+    found = [name for name in names if (folder / name).exists()]
+    if not found:
+        return
+    name = f"{folder.name}.{time.strftime('%Y-%m-%d_%H%M%S')}"
+    taken = sum(path.name.startswith(name) for path in folder.parent.iterdir())
+    aside = folder.with_name(f"{name}_{taken + 1}" if taken else name)
+    part = folder.with_name(f".{aside.name}.part")
+    part.mkdir()
+    for name in found:
+        try:
+            os.link(folder / name, part / name)
+        except OSError:  # a file system without links, or another one
+            shutil.copy2(folder / name, part / name)
+    part.rename(aside)
+    for name in found:
+        (folder / name).unlink()
+    hint = f"; to go on from it: {how_to_resume(aside)}" if "server.ptl" in found else ""
+    say(f"moved {', '.join(found)} of the earlier run to {aside}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The curves, and what is seen of the rounds.
 
 
-def start_wandb(dataset, run_id, config):
-    """Start or continue a run in Weights & Biases: (the run, one line that says where it is to be seen).
+def logged_steps(path):
+    """The steps in a .wandb file, as far as it can be read: its writer may have been killed.
 
-    WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
+    It is a log in LevelDB's format (its doc/log_format.md) of wandb's own records, after 7 bytes of wandb's.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+    steps, record = set(), b""
+    with open(path, "rb") as file:
+        for number, block in enumerate(iter(lambda: file.read(32768), b"")):
+            at = 0 if number else 7
+            while at + 7 <= len(block):
+                _, length, kind = struct.unpack_from("<IHB", block, at)
+                part = block[at + 7 : at + 7 + length]
+                if kind not in (1, 2, 3, 4) or len(part) < length:  # whole, first, middle, last; else the end was lost
+                    return steps
+                record = part if kind in (1, 2) else record + part
+                at += 7 + length
+                if kind in (1, 4):
+                    try:
+                        logged = WandbRecord.FromString(record)
+                    except Exception:  # protobuf's own error, of which only the name differs from version to version
+                        return steps
+                    if logged.HasField("history"):
+                        steps.add(logged.history.step.num)
+    return steps
+
+
+def held_steps(wandb_dir, run_id):
+    """The steps that the folders of a run in `wandb_dir` hold, online ones included; None where there are none."""
+    paths = list(Path(wandb_dir).glob(f"*run-*-{glob.escape(str(run_id))}/*.wandb"))
+    return set().union(*map(logged_steps, paths)) if paths else None
+
+
+def wandb_mode(wandb):
+    """How to run it, and why so: WANDB_MODE where it is set, else online if a key is at hand and works, or offline."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode not in (None, "online"):
+        return ("offline" if mode == "dryrun" else mode), "as WANDB_MODE says"
+    why = "no key is at hand"
+    try:
+        has_key = wandb.login(prompt=False)
+    except Exception as error:  # a key that is not known, no network: wandb has many errors of its own
+        has_key, why = False, printable(error)
+    if mode == "online" and not has_key:
+        raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
+    return ("online" if has_key else "offline"), why
+
+
+def start_wandb(dataset, run_id, config, rows=(), needed=True):
+    """Start or continue a run in Weights & Biases: (Curves, one line that says where it is to be seen).
+
+    `rows` are those of history.csv so far. Where the run `run_id` has later steps than those, or is not to be found,
+    it would end up with double steps: a new one is started, which gets all rows (Curves.catch_up). Where it is not
+    `needed` and nothing is left to send to it, none is started: (None, None).
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
     os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say, we say
@@ -275,46 +489,66 @@ def start_wandb(dataset, run_id, config):
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
 
-    mode = os.environ.get("WANDB_MODE")
-    why = "no key is at hand" if mode in (None, "online") else "as WANDB_MODE says"
-    if mode in (None, "online"):
-        try:
-            has_key = wandb.login(prompt=False)
-        except Exception as error:
-            has_key, why = False, printable(error)
-        if mode == "online" and not has_key:
-            raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
-        mode = "online" if has_key else "offline"
-    settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True)
+    mode, why = wandb_mode(wandb)
+    folder = os.environ.get("WANDB_DIR", str(ROOT))
+    last_round = len(rows)
     options = {
-        "settings": settings,
+        "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True),
         "project": "FL-IoT",
         "name": dataset,
-        "id": run_id,
         "config": config,
-        "dir": os.environ.get("WANDB_DIR", ROOT),
+        "dir": folder,
     }
     if mode == "online":
         try:
-            run = wandb.init(mode=mode, resume="allow", **options)
-            return run, f"curves: {run.url}"
+            run = wandb.init(mode=mode, resume="allow", id=run_id, **options)
+            if run.starting_step > last_round + 1:
+                run.finish()
+                if not needed:
+                    return None, None
+                run = wandb.init(mode=mode, **options)
+            return Curves(run, range(run.starting_step)), f"curves: {run.url}"
         except Exception as error:
             why = printable(error)
             mode = "offline"
+    held = set()
+    if mode == "offline" and run_id is not None:
+        held = held_steps(wandb.Settings(root_dir=folder).wandb_dir, run_id)
+        if held is None or max(held, default=0) > last_round:
+            run_id, held = None, set()
+    if not needed and (mode != "offline" or run_id is None or all(row["round"] in held for row in rows)):
+        return None, None
     try:
-        run = wandb.init(mode=mode, **options)
+        run = wandb.init(mode=mode, id=run_id, **options)
     except Exception as error:
         raise UserError(f"Weights & Biases cannot start with WANDB_MODE={mode}: {printable(error)}") from None
     if mode != "offline":
-        return run, f"curves: WANDB_MODE is {mode}"
-    return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
+        return Curves(run), f"curves: WANDB_MODE is {mode}"
+    where = f"curves: Weights & Biases is offline ({why}); send them later with: {how_to_sync(run)}"
+    return Curves(run, held), where
+
+
+def how_to_sync(run):
+    folder = Path(run.dir).parent
+    option = "" if folder.name.startswith("offline-") else "--no-skip-online "
+    return f"wandb sync {option}{shlex.quote(str(folder))}"
 
 
 class Curves:
     """The run in Weights & Biases. Whatever happens to it, the training goes on."""
 
-    def __init__(self, run):
-        self.run, self.failed = run, False
+    def __init__(self, run, held=()):
+        self.run, self.held, self.failed = run, held, False  # held: the steps that it has already
+
+    def catch_up(self, rows):
+        """Log the rows of history.csv that the run has not, as after a kill, when its last ones were not sent yet."""
+        missing = [row for row in rows if row["round"] not in self.held]
+        for row in missing:
+            figures = measured(row)
+            self.log(figures, step=figures.pop("round"))
+        if missing:
+            first, last = missing[0]["round"], missing[-1]["round"]
+            say(f"curves: {len(missing)} of the rounds {first} to {last} were missing, and are sent from history.csv")
 
     def log(self, figures, step):
         try:
@@ -328,9 +562,17 @@ class Curves:
         try:
             self.run.finish()
         except Exception:  # its server is gone, or its process
-            folder = Path(self.run.dir).parent
-            option = "" if folder.name.startswith("offline-") else "--no-skip-online "
-            say(f"curves: not all are sent; send them later with: wandb sync {option}{folder}")
+            say(f"curves: not all are sent; send them later with: {how_to_sync(self.run)}")
+
+
+def complete(folder, rows, run_id, about):
+    """Do what a kill in the last round of all has prevented: put best.ptl right, and send the last rows to wandb."""
+    keep_best(folder / "best.ptl", best_of(folder, len(rows), about)[1])
+    curves, where = start_wandb(about["dataset"], run_id, about["args"], rows, needed=False)
+    if curves is not None:
+        say(where)
+        curves.catch_up(rows)
+        curves.finish()
 
 
 class Progress:
@@ -355,10 +597,3 @@ class Progress:
 
     def close(self):
         self.bar.close()
-
-
-def show_files(folder):
-    """Say where the files of a run are."""
-    for what, name in FILES.items():
-        if (folder / name).exists():
-            say(f"{what}: {folder / name}")

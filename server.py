@@ -15,6 +15,7 @@ import inspect
 import ipaddress
 import os
 import queue
+import re
 import secrets
 import signal
 import socket
@@ -60,7 +61,7 @@ from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
 from nets import build_net, find_net, fingerprint, same_trial, trial
-from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
+from record import Progress, Record, complete, find_run, resume, start_wandb
 from strategies import STRATEGIES, FedAvg
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
@@ -73,6 +74,8 @@ POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
+HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
+LOST = "connection lost"  # the one reason of ClientFailure that says nothing of the run
 
 
 def parse_args():
@@ -101,7 +104,16 @@ def parse_args():
         type=lambda text: text if text == "auto" else positive(text),
         help="seconds until stragglers are left out; auto: three times a client's own usual, 30 or more (default: off)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="go on from server.ptl in FOLDER, or in ckps/<dataset> if none is named (default: off)",
+    )
+    parser.add_argument(
+        "--allow_new_data", action="store_true", help="resume though the classes, the shards or the test set are others"
+    )
     parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
     parser.add_argument(
         "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
@@ -145,6 +157,10 @@ def count_clients(args, shards):
 
 class Stopped(Exception):
     """A signal asked the server to stop."""
+
+
+class Hopeless(Exception):
+    """A round fails again and again, for reasons that do not pass by themselves."""
 
 
 class ClientFailure(Exception):
@@ -462,6 +478,7 @@ class Server(flwr.server.Server):
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
         self.auto_timeout = auto_timeout
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
+        self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
     def stop(self, signum):
@@ -481,6 +498,7 @@ class Server(flwr.server.Server):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
         mute_handlers()  # Flower's start_server has just put its own there
         started, delay, current = time.monotonic(), 1, self.first_round
+        failed = []  # for which lasting reasons the current round failed, a set a try
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
             self.registry.wait_for_round(self.min_clients, self.check)
@@ -488,16 +506,37 @@ class Server(flwr.server.Server):
             results, failures = self.ask("fit", instructions, timeout, current)
             parameters, _ = self.strategy.aggregate_fit(current, results, failures)
             if parameters is None:
+                failed.append(self.lasting_reasons(len(instructions)))
+                if len(failed) >= HOPELESS and set.intersection(*failed[-HOPELESS:]):
+                    raise Hopeless(self.describe_failure(current))
                 say(f"round {current}: nobody trained; it is run again in {delay} s")
                 self.pause(delay)
                 delay = min(2 * delay, MAX_RETRY_DELAY)
                 continue
-            self.parameters, delay = parameters, 1
+            self.parameters, self.trained, delay, failed = parameters, True, 1, []
             instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
             current += 1
         return flwr.server.History(), time.monotonic() - started
+
+    def lasting_reasons(self, num_asked):
+        """Why the last try failed on all that were asked, without the numbers in it; empty where that may pass.
+
+        A lost connection passes: Wi-Fi heals, devices come back, and the run is to survive the night. So does a
+        timeout that has been met before: it is long enough, and the devices are cut off or busy for a while.
+        """
+        reasons = set(self.strategy.reasons.values())
+        may_pass = LOST in reasons or (self.trained and any("no answer within" in reason for reason in reasons))
+        if may_pass or len(self.strategy.reasons) < num_asked:
+            return set()
+        return {re.sub(r"nan|inf|[\d.]+(e[+-]?\d+)?", "#", reason) for reason in reasons}
+
+    def describe_failure(self, current):
+        reasons = sorted(set(self.strategy.reasons.values()))
+        shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
+        saved = f"rounds 1 to {current - 1} are saved" if current > 1 else "no round was finished, nothing is saved"
+        return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
 
     def ask(self, method, instructions, timeout, current):
         """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …])."""
@@ -593,6 +632,17 @@ def read_certificates(folder):
         ) from None
 
 
+def hold_folder(folder, dataset):
+    """Be the one server that writes to `folder`, as long as the lock that this returns is kept."""
+    try:
+        lock = lock_file(folder / "server.lock")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if lock is None:
+        raise UserError(f"another server is training {dataset} in {folder}")
+    return lock
+
+
 def main():
     args = parse_args()
     if not args.verbose:
@@ -608,34 +658,33 @@ def main():
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
     folder = CKPS / args.dataset
-    checkpoint = folder / "server.ptl"
-    try:
-        lock = lock_file(folder / "server.lock")
-        if lock is None:
-            raise UserError(f"another server is training {args.dataset} in {folder}")
-        last_round, run_id = resume(checkpoint, model, args.dataset) if args.resume else (0, None)
-        if last_round >= args.num_rounds:
-            say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
-            return 0
-        if not args.resume:
-            move_aside(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    settings = plain_args(args)
+    about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
+    lock = hold_folder(folder, args.dataset)  # noqa: F841 (as long as this process lives)
+    source = find_run(folder, args.resume)
+    rows, run_id = resume(source, model, about, args.allow_new_data) if source else ([], None)
+    last_round = len(rows)
     if secret is None and not is_loopback(args.server_address):
         say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
 
+    if last_round >= args.num_rounds:
+        checkpoint = source / "server.ptl"
+        say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
+        complete(source, rows, run_id, about)
+        return 0
+
     # The parts, from the last to the first.
-    settings = plain_args(args)
-    run, where = start_wandb(args.dataset, run_id, settings)
+    curves, where = start_wandb(args.dataset, run_id, settings, rows)
     say(where)
-    curves = Curves(run)
+    curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(
         model,
-        checkpoint,
+        folder / "server.ptl",
         last_round=last_round,
+        source=source,
         test_loaders={"test": test},
-        about={"dataset": args.dataset, "wandb_run_id": run.id, "args": settings, **describe_in_checkpoint(info)},
+        about={**about, "wandb_run_id": curves.run.id},
         on_row=progress.show_row,
         log=curves.log,
     )
@@ -670,7 +719,7 @@ def main():
     code = end_rounds(server, code)
     progress.close()
     curves.finish()
-    show_files(folder)
+    record.show_files()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
@@ -703,8 +752,10 @@ def end_rounds(server, code):
 
 
 def fail(error):
-    """Say why the server ends: in a line where a disk or folder is at fault, else with the traceback. Returns 1."""
-    if isinstance(error, OSError):
+    """Say why the server ends: in a line where the run or a disk is at fault, else with the traceback. Returns 1."""
+    if isinstance(error, Hopeless):
+        say(f"server.py: {error}", sys.stderr)
+    elif isinstance(error, OSError):
         say(f"server.py: cannot go on: {error}", sys.stderr)
     else:
         traceback.print_exception(error)

@@ -180,8 +180,8 @@ class Checked:
     record: a record.Record to take; without one it makes its own from the options last_round, test_loaders, about,
         on_row and log.
 
-    The results go on to the strategy by cid, with their known metrics alone. `reasons` has why those of the last
-    aggregate_fit were dropped, {cid: text}. After the last round, `close` waits until all rounds are recorded; it
+    The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
+    last aggregate_fit, {cid: text}. After the last round, `close` waits until all rounds are recorded; it
     raises what went wrong there, as `check` does in between.
     """
 
@@ -231,8 +231,10 @@ class Checked:
         self._count(server_round, failures)
         kept = self._keep(server_round, results, lambda res: check_fit(res, self.expected))
         if len(kept) < self.least:
+            failed = dict(self.reasons)  # to which those that are dropped now do not belong: they are good
             for client, _ in kept:
                 self._drop(server_round, client.cid, f"{len(kept)} results are too few, {self.least} are needed")
+            self.reasons = failed
             return None, {}
         self.adapt(len(kept))
         parameters, metrics = super().aggregate_fit(server_round, kept, failures)

@@ -70,11 +70,11 @@ def serve(kind, num_clients, port):
         import server
         import strategies
 
-        run, _ = server.start_wandb(DATASET, None, {})
+        curves, _ = server.start_wandb(DATASET, None, {})
         ours = type("Ours", (Gate, strategies.FedAvg), {})
         path = CKPS / DATASET / "server.ptl"
         parts["strategy"] = ours(
-            model, path, about={"dataset": DATASET, "wandb_run_id": run.id}, log=run.log, **numbers
+            model, path, about={"dataset": DATASET, "wandb_run_id": curves.run.id}, log=curves.log, **numbers
         )
         expected = {"dataset": DATASET, "net": type(model).__name__, "fingerprint": fingerprint(model)}
         registry = server.Registry(num_clients, expected)

@@ -438,7 +438,8 @@ def test_stopped_server_leaves_all_up_to_the_last_finished_round(killed, name, c
     state = killed.states[name]
     assert state["code"] == code
     assert state["rows"] == list(range(1, last + 1)) and state["round"] == last
-    assert state["picture"] and wandb_steps(state["folders"][-1]) == [last]
+    steps = [step for folder in state["folders"] for step in wandb_steps(folder)]
+    assert state["picture"] and sorted(steps) == list(range(1, last + 1)) and last in wandb_steps(state["folders"][-1])
     assert f"stopping ({name};" in state["server"].out and state["server"].err == ""
     assert str(killed.ckps("Tiny") / "server.ptl") in state["server"].out
 
@@ -457,8 +458,11 @@ def test_waiting_client_is_told_that_the_server_stops(killed):
 def test_runs_of_wandb_share_one_id_and_no_step(killed):
     folders = wandb_folders(killed)
     assert len(folders) == 6 and {wandb_id(folder) for folder in folders} == {killed.states["end"]["run_id"]}
-    steps = [step for name in ("SIGTERM", "SIGINT", "end") for step in wandb_steps(killed.states[name]["folders"][-1])]
-    assert steps == [4, 5, *range(killed.last - 3, killed.last + 1)]
+    steps = [wandb_steps(folder) for folder in folders]
+    assert sorted(step for part in steps for step in part) == list(range(1, killed.last + 1))
+    assert all(part == sorted(part) for part in steps) and steps[-1][-4:] == list(
+        range(killed.last - 3, killed.last + 1)
+    )
 
 
 @pytest.mark.parametrize("name", ["random 1", "random 2"])
@@ -481,10 +485,96 @@ def test_earlier_files_are_moved_aside_without_resume(open_suite):
     server.wait_for("waiting for 1 of 1 clients: cid 0", timeout=120)
     server.send(signal.SIGTERM)
     assert server.wait() == 143, server
+    assert {name: (folder / name).read_bytes() for name in files} == files  # no round of the new run is saved
+    assert list((suite.root / "ckps").iterdir()) == [folder]
+
+    (suite.root / "orders" / "free").touch()
+    client = ordered_client(suite, 0, patch="script.CKPS = script.CKPS / 'device'")
+    server = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 1)
+    assert server.wait() == 0 and client.wait() == 0, server
     (aside,) = (suite.root / "ckps").glob("Tiny.*")
     assert re.fullmatch(r"Tiny\.\d{4}-\d\d-\d\d_\d{6}", aside.name) and str(aside) in server.out
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
-    assert (folder / "client_0.ptl").read_bytes() == b"the device's own" and not (folder / "server.ptl").exists()
+    assert (folder / "client_0.ptl").read_bytes() == b"the device's own" and load(folder / "server.ptl")["round"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot succeed.
+
+FAILING = {
+    "raise": """raise RuntimeError(f"out of memory, {time.monotonic_ns()} bytes are free")""",
+    "nan": """return [np.full_like(array, np.nan) for array in real_fit(self, parameters, config)[0]], 10, FIGURES""",
+    "shape": """return real_fit(self, parameters, config)[0][:-1], 10, FIGURES""",
+    "slow": """time.sleep(3); return real_fit(self, parameters, config)""",
+}
+FAIL_FROM = """
+from libs import np
+import time
+real_fit = script.Client.fit
+FIGURES = dict.fromkeys(("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"), 0.5)
+
+def fit(self, parameters, config):
+    if config["round"] < FIRST:
+        return real_fit(self, parameters, config)
+    try:
+        DO
+    except RuntimeError as error:
+        return [], 0, {"error": str(error)}
+
+script.Client.fit, script.MAX_DELAY = fit, 1
+"""
+
+
+@pytest.mark.parametrize(
+    "kind, first, reason",
+    [
+        ("raise", 2, r"out of memory, \d+ bytes are free"),
+        ("nan", 1, "array layer1.0.weight has values that are not finite"),
+        ("shape", 1, "19 arrays, not 20"),
+        ("slow", 1, "no answer within 1 s"),
+        ("--lr 1e20", 1, "metric fit_loss is (nan|inf), not a finite number"),
+    ],
+)
+def test_a_run_that_cannot_succeed_ends_with_its_reason(tiny, kind, first, reason):
+    flags = kind.split() if kind in ("--lr 1e20",) else ["--round_timeout", 1] * (kind == "slow")
+    patch = FAIL_FROM.replace("FIRST", str(first)).replace("DO", FAILING[kind]) if kind in FAILING else ""
+    clients = [start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", cid) for cid in range(2)]
+    server = tiny.server("--dataset", "Tiny", "--num_clients", 2, "--num_rounds", 4, *flags)
+    assert server.wait(150) == 1, server
+    (line,) = server.err.splitlines()
+    saved = "rounds 1 to 1 are saved" if first == 2 else "nothing is saved"
+    assert re.match(f"server.py: round {first} failed on all clients 5 times in a row: .*{reason}.*{saved}", line), line
+    assert len(lines(server, f"round {first}: nobody trained; it is run again")) == 4
+    folder = tiny.ckps("Tiny")
+    assert (folder / "server.ptl").exists() == (first == 2)
+    if first == 2:
+        assert list(history(tiny)["round"]) == [1] and load(folder / "server.ptl")["round"] == 1
+    for client in clients:
+        assert client.popen.poll() is None
+    if kind != "slow":  # those are busy when the server ends
+        for client in clients:
+            client.wait_for("the server stopped before the last round; trying again")
+
+
+def test_lost_connections_are_no_reason_to_end(tiny):
+    patch = """
+import os
+from pathlib import Path
+real_fit, count = script.Client.fit, Path(COUNT)
+
+def fit(self, parameters, config):
+    tries = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(tries + 1))
+    if tries < 6:  # as a device that restarts
+        os.execv(sys.executable, sys.orig_argv)
+    return real_fit(self, parameters, config)
+
+script.Client.fit = fit
+""".replace("COUNT", repr(str(tiny.root / "count")))
+    client = start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", 0)
+    server = start_patched(tiny, "server", "script.MAX_RETRY_DELAY = 1", "--num_clients", 1, "--num_rounds", 1)
+    assert server.wait(150) == 0 and client.wait(20) == 0, server
+    assert len(lines(server, "round 1: dropped cid 0: connection lost")) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ import psutil
 import pytest
 import torch
 from conftest import Suite, free_port
+from test_faults import start_patched
+from test_record import KILL, ROUND_3
 
 KEY = "0123456789abcdef" * 3  # the one key that the server knows
 WANDB = str(Path(sys.executable).with_name("wandb"))
@@ -337,6 +339,23 @@ def test_with_a_key_the_run_is_online_and_goes_on_there_after_a_stop(laptops, st
     for server in (stopped, resumed):
         assert f"curves: {suite.stub.url}/lab/FL-IoT/runs/{run_id}\n" in server.out
         assert "wandb" not in server.err
+
+
+@pytest.mark.parametrize("point", ["server.ptl", "wandb"])
+def test_with_a_key_a_killed_run_is_complete_after_its_resume(laptops, stubs, point):
+    suite = laptops(stubs(), KEY)
+    first = suite.client(0, "--dataset", "Tiny")
+    killed = start_patched(suite, "server", KILL.format(ROUND_3[point]), "--num_clients", 1, "--num_rounds", 4)
+    assert killed.wait(90) == -signal.SIGKILL, killed
+    first.kill()
+    suite.client(0, "--dataset", "Tiny")
+    resumed = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 6, "--resume")
+    assert resumed.wait(120) == 0, resumed
+    ((_, run),) = suite.stub.runs.items()
+    steps, rows = pd.DataFrame([line for _, line in sorted(run["history"].items())]), history(suite)
+    assert run["complete"] and list(steps["_step"]) == list(rows["round"]) == [1, 2, 3, 4, 5, 6]
+    for name in rows.columns[1:]:
+        assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
 
 
 def test_without_a_key_a_resumed_run_is_two_folders_that_sync_into_one(laptops, stubs):
