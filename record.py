@@ -3,6 +3,7 @@
 strategies.py hands over each finished round to a Record, server.py builds it. Nothing here knows of Flower.
 """
 
+import contextlib
 import copy
 import dataclasses
 import glob
@@ -12,6 +13,7 @@ import os
 import queue
 import shlex
 import shutil
+import statistics
 import struct
 import sys
 import threading
@@ -30,7 +32,15 @@ EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
 TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
 COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
-FILES = {"model": "server.ptl", "best": "best.ptl", "history": "history.csv", "picture": "metrics.png"}
+TELEMETRY = ("fit_seconds", "eval_seconds", "wait_seconds", "peak_memory_mb", "cpu_temp_c", "throttled", "load")
+CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)
+FILES = {
+    "model": "server.ptl",
+    "best": "best.ptl",
+    "history": "history.csv",
+    "clients": "clients.csv",
+    "picture": "metrics.png",
+}
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
 SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that saving does not slow them down
 DRAW_EVERY = 30  # seconds
@@ -86,9 +96,63 @@ class History:
             figure.savefig(part, format="png", dpi=110)
 
 
+class ClientHistory:
+    """clients.csv: a row a round and cid, with what the client measured and told; empty where it told nothing."""
+
+    def __init__(self, path, last_round=0, source=None):
+        """Take over the rows of the rounds 1 to `last_round`, as far as they are there: no later round needs them."""
+        self.path, self.rows = Path(path), []
+        old = Path(source or self.path.parent) / self.path.name
+        if last_round and old.exists():
+            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the run is worth more
+                table = pd.read_csv(old, dtype={"cid": str})[list(CLIENT_COLUMNS)]
+                self.rows = table[table["round"] <= last_round].to_dict("records")
+        self.lines = [self._line(row) for row in self.rows]
+
+    def extend(self, rounds):
+        for finished in rounds:
+            for cid, figures in finished.clients.items():
+                row = {**dict.fromkeys(CLIENT_COLUMNS, math.nan), **figures, "round": finished.row["round"], "cid": cid}
+                self.rows.append(row)
+                self.lines.append(self._line(row))
+        with atomic_write(self.path) as part:
+            part.write_text("\n".join([",".join(CLIENT_COLUMNS), *self.lines, ""]), encoding="utf-8")
+
+    def summarise(self, num_rounds):
+        """What the user is told of each client at the end of `num_rounds` rounds: a list of lines."""
+        slowest = {}  # round: its longest fit
+        for row in self.rows:
+            slowest[row["round"]] = max(row["fit_seconds"], slowest.get(row["round"], -1.0))
+        lines = []
+        for cid in sorted({row["cid"] for row in self.rows}, key=lambda cid: (len(cid), cid)):
+            rows = [row for row in self.rows if row["cid"] == cid]
+            facts = [f"{len(rows)} of {num_rounds} rounds"]
+            fits = [row["fit_seconds"] for row in rows if not math.isnan(row["fit_seconds"])]
+            if fits:
+                share = sum(row["fit_seconds"] == slowest[row["round"]] for row in rows) / len(rows)
+                facts.append(f"fit {statistics.median(fits):.1f} s (median), the slowest in {share:.0%}")
+            heat = [row["cpu_temp_c"] for row in rows if not math.isnan(row["cpu_temp_c"])]
+            if heat:
+                facts.append(f"{max(heat):.0f} °C at most")
+            bits = [0 if math.isnan(row["throttled"]) else int(row["throttled"]) for row in rows]
+            weak = sum(bool(value & 0b0001) for value in bits)
+            hot = sum(bool(value & 0b1100) and not value & 0b0001 for value in bits)
+            if weak:
+                facts.append(f"power supply too weak, {weak} of {len(rows)} rounds")
+            if hot:
+                facts.append(f"throttled for heat, {hot} of {len(rows)} rounds")
+            lines.append(f"cid {cid}: {', '.join(facts)}")
+        return lines
+
+    @staticmethod
+    def _line(row):
+        cells = [row[name] for name in CLIENT_COLUMNS]
+        return ",".join("" if isinstance(cell, float) and math.isnan(cell) else str(cell) for cell in cells)
+
+
 @dataclasses.dataclass
 class Round:
-    """A finished round: its row of history.csv, the global model's arrays, and its clients' figures for the curves."""
+    """A finished round: its row of history.csv, the global model's arrays, and {cid: {name: value}} of its clients."""
 
     row: dict
     arrays: list
@@ -199,6 +263,7 @@ class Record:
         self.on_row, self.log = on_row, log
         source = Path(source or self.folder)
         self.history = History(self.path.with_name("history.csv"), last_round, source)
+        self.clients = ClientHistory(self.path.with_name("clients.csv"), last_round, source)
         self.best, self.best_path = best_of(source, last_round, self.about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
         self.begun = False  # whether this run has saved anything
@@ -221,11 +286,13 @@ class Record:
         """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
         self.worker.close()
 
-    def show_files(self):
-        """Say where the files of the run are, or that it left none."""
+    def show_end(self):
+        """Say what the clients were like and where the files of the run are, or that it left none."""
         if not self.begun and not self.goes_on:
             say(f"no round is finished, nothing is saved{' or moved' if earlier_run(self.folder) else ''}")
             return
+        for line in self.clients.summarise(len(self.history.rows)):
+            say(line)
         for what, name in FILES.items():
             if (self.folder / name).exists():
                 say(f"{what}: {self.folder / name}")
@@ -236,14 +303,15 @@ class Record:
             finished.row.update(server_test_fn(self.test_loaders, self.model))
 
     def _save(self, tested):
-        """Save tested rounds, in this order: history.csv, server.ptl, best.ptl, wandb; then the screen, the picture.
+        """Save tested rounds, in this order: clients.csv, history.csv, server.ptl, best.ptl, wandb; screen and picture.
 
         server.ptl decides which rounds are finished, so that a kill between any two of these loses none: a run that
-        goes on drops later rows of history.csv and runs those rounds again; it takes best.ptl from server.ptl where
+        goes on drops later rows of the tables and runs those rounds again; it takes best.ptl from server.ptl where
         that is better (best_of), and sends to wandb the rows that are missing there (start_wandb).
         """
         if not self.begun:
             self._begin()
+        self.clients.extend(tested)
         self.history.extend([finished.row for finished in tested])
         for finished in tested:
             is_best = finished.row["test_accuracy"] > self.best
@@ -256,7 +324,9 @@ class Record:
             if self.log is not None:
                 figures = measured(finished.row)
                 step = figures.pop("round")
-                self.log({**figures, **finished.clients}, step=step)
+                for cid, told in finished.clients.items():
+                    figures.update({f"clients/{cid}/{name}": told[name] for name in told if name != "examples"})
+                self.log(figures, step=step)
             if self.on_row is not None:
                 self.on_row(finished.row)
         if time.monotonic() - self.drawn_at > DRAW_EVERY:
@@ -557,6 +627,11 @@ class Curves:
             if not self.failed:
                 say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
             self.failed = True
+
+    def describe_client(self, cid, facts):
+        """Put what a client runs on into the run's config."""
+        with contextlib.suppress(Exception):  # as in log
+            self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 
     def finish(self):
         try:

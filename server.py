@@ -74,6 +74,7 @@ POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
+MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
 HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
 LOST = "connection lost"  # the one reason of ClientFailure that says nothing of the run
 
@@ -344,9 +345,10 @@ def send_away(proxy, notice):
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
-    def __init__(self, num_clients, task, secret=None, port=None):
+    def __init__(self, num_clients, task, secret=None, port=None, on_join=None):
         super().__init__()
         self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
+        self.on_join = on_join  # called with the cid and the properties of each client that is admitted
         self.connections = set()  # Flower's ids of the open ones, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
@@ -421,6 +423,8 @@ class Registry(SimpleClientManager):
                     reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
                 raise TurnedAway(reason, client.cid)
         say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+        if self.on_join is not None:
+            self.on_join(client.cid, client.properties)
         return True
 
     def sample(self, num_clients, min_num_clients=None, criterion=None):
@@ -708,7 +712,12 @@ def main():
         "fingerprint": fingerprint(model),
         "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
     }
-    registry = Registry(args.num_clients, task, secret, args.server_port)
+
+    def describe_client(cid, properties):
+        facts = {name: value for name, value in properties.items() if name in MACHINE}
+        curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
+
+    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
     server = Server(registry, strategy, args.min_clients, last_round + 1, args.round_timeout == "auto")
 
     on_signal(server.stop)
@@ -719,7 +728,7 @@ def main():
     code = end_rounds(server, code)
     progress.close()
     curves.finish()
-    record.show_files()
+    record.show_end()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive

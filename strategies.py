@@ -15,7 +15,7 @@ from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarra
 from flwr.server import strategy
 
 from nets import get_arrays
-from record import EVALUATE_METRICS, FIT_METRICS, Record
+from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record
 
 INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded
 RECORD_OPTIONS = ("last_round", "test_loaders", "about", "on_row", "log")
@@ -77,7 +77,8 @@ class Rejected(Exception):
 def check_metrics(metrics, names):
     """The finite numbers under `names`, as floats. Raises Rejected where one is missing, or an error stands there.
 
-    Whatever else a device sends is left out: nothing is known of it.
+    Of the names in TELEMETRY it takes those that are there. Whatever else a device sends is left out: nothing is known
+    of it.
     """
     if not isinstance(metrics, dict):
         raise Rejected(f"its metrics are {printable(metrics)}, not a dictionary")
@@ -86,7 +87,8 @@ def check_metrics(metrics, names):
     for name in names:
         if not is_number(metrics.get(name)):
             raise Rejected(f"metric {name} is {printable(metrics.get(name))}, not a finite number")
-    return {name: float(metrics[name]) for name in names}
+    told = [name for name in TELEMETRY if is_number(metrics.get(name))]
+    return {name: float(metrics[name]) for name in (*names, *told)}
 
 
 def check_examples(num_examples):
@@ -134,11 +136,6 @@ def check_evaluate(res):
     check_metrics({"loss": res.loss}, ("loss",))
     check_examples(res.num_examples)
     return dataclasses.replace(res, metrics=metrics)
-
-
-def client_figures(results):
-    """The metrics of checked results, under the names that they have in the curves."""
-    return {f"clients/{client.cid}/{name}": value for client, res in results for name, value in res.metrics.items()}
 
 
 def by_cid(result):
@@ -245,7 +242,7 @@ class Checked:
         self.arrays = parameters.arrays
         self.row = {"round": server_round, "clients": len(kept)}
         self.row.update({name: metrics[name] for name in FIT_METRICS if name in metrics})
-        self.clients = client_figures(kept)
+        self.clients = {client.cid: {"examples": res.num_examples, **res.metrics} for client, res in kept}
         return ndarrays_to_parameters(self.arrays), metrics
 
     def aggregate_evaluate(self, server_round, results, failures):
@@ -255,7 +252,10 @@ class Checked:
         loss, metrics = super().aggregate_evaluate(server_round, kept, failures)
         if self.row is not None:
             self.row.update({name: metrics[name] for name in EVALUATE_METRICS if name in metrics})
-            self.clients.update(client_figures(kept))
+            for client, res in kept:
+                figures = self.clients.setdefault(client.cid, {})
+                waited = figures.get("wait_seconds", 0.0) + res.metrics.get("wait_seconds", 0.0)
+                figures.update(res.metrics, **({"wait_seconds": waited} if "wait_seconds" in res.metrics else {}))
             self._finish_row()
         return loss, metrics
 

@@ -1,9 +1,16 @@
 """What devices tell of themselves, read from a /sys and /proc of the test's making, and limits that follow from it."""
 
+import json
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from test_faults import lines, start_patched
 
 import client
 import server
@@ -70,3 +77,60 @@ def test_automatic_limit_is_three_times_what_is_usual_for_the_client(seconds, li
     laptop.seconds["evaluate", "3"] = [1000.0] * 9  # another question
     assert laptop.limit("fit", "3", None) == limit
     assert server.Server(None, None).limit("fit", "3", 7.0) == 7.0
+
+
+def clients_csv(suite):
+    return pd.read_csv(suite.ckps("Tiny") / "clients.csv")
+
+
+FAKE_SENSORS = """
+real = script.sensors
+script.sensors = lambda: {**real(), "cpu_temp_c": 61.5 + {cid}, "throttled": {bits}}
+"""
+
+
+def test_clients_csv_and_wandb_have_what_each_client_told(tiny):
+    server = tiny.server("--dataset", "Tiny", "--num_clients", 3, "--num_rounds", 2)
+    bits = {0: 0, 1: 0x50005, 2: 0x4}  # all well; undervoltage, and throttled by it; throttled for heat
+    clients = []
+    for cid in bits:
+        patch = FAKE_SENSORS.replace("{cid}", str(cid)).replace("{bits}", str(bits[cid]))
+        clients.append(start_patched(tiny, "client", patch, "--num_threads", 1, "--cid", cid))
+    assert [process.wait() for process in (server, *clients)] == [0, 0, 0, 0]
+    table, history = clients_csv(tiny), pd.read_csv(tiny.ckps("Tiny") / "history.csv")
+    assert list(zip(table["round"], table["cid"])) == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    for current in (1, 2):
+        rows = table[table["round"] == current]
+        for name in ("fit_loss", "eval_accuracy"):
+            mean = np.average(rows[name], weights=rows["examples"])
+            assert mean == pytest.approx(history[name][current - 1]), name
+    for cid, process in enumerate(clients):
+        rows = table[table["cid"] == cid]
+        assert list(rows["examples"]) == [160, 160]
+        assert list(rows["cpu_temp_c"]) == [61.5 + cid] * 2 and list(rows["throttled"]) == [bits[cid]] * 2
+        said = [float(line.split()[-2]) for line in lines(process, "fit_loss")]  # "round 1/2  fit_loss …  0.3 s"
+        assert list(rows["fit_seconds"].round(1)) == said
+        assert rows["wait_seconds"].notna().all() and (rows["eval_seconds"] > 0).all()
+        assert (rows["peak_memory_mb"] > 100).all() and (rows["load"] >= 0).all()
+    said = lines(server, "of 2 rounds, fit")
+    assert [line[:20] for line in said] == [f"cid {cid}: 2 of 2 rounds"[:20] for cid in bits]
+    assert "62 °C at most" in said[0] and "too weak" not in said[0] and "throttled" not in said[0]
+    assert said[1].endswith("power supply too weak, 2 of 2 rounds")
+    assert said[2].endswith("throttled for heat, 2 of 2 rounds")
+    (folder,) = (tiny.root / "wandb").glob("offline-run-*")
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    records = [json.loads(line) for line in printed.splitlines()]
+    steps = [record["history"]["item"] for record in records if record["type"] == "history"]
+    for cid in bits:
+        assert [step[f"clients/{cid}/throttled"] for step in steps] == [bits[cid]] * 2
+    config = json.dumps([record for record in records if record["type"] == "config"])
+    assert "clients/0" in config and "board" in config and os.uname().machine in config
+
+
+def test_what_the_clients_told_before_is_kept_at_a_resume(tiny):
+    for last in (2, 3):
+        server = tiny.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", last, "--resume")
+        client = tiny.client(0, "--dataset", "Tiny")
+        assert (server.wait(), client.wait()) == (0, 0)
+        assert list(clients_csv(tiny)["round"]) == list(range(1, last + 1))
