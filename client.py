@@ -82,7 +82,7 @@ def parse_args():
 class Client(NumPyClient):
     """Flower's client for one shard: trains and evaluates `model` on loaders["fit"] and loaders["eval"].
 
-    `properties` says who this is (server.handshake), `about` describes the checkpoints that go to `save_ckp_path`
+    `properties` says who this is (registry.handshake), `about` describes the checkpoints that go to `save_ckp_path`
     (nets.save_checkpoint); `secret` is bytes or None. The server says which net to train, on which cut of the data:
     `load(image_size)` reads anew what lies on the disk by then (data.load_shard).
     """
