@@ -2,12 +2,11 @@
 
     python benchmarks/report.py
 
-Reads figure.csv (the history of the run that reproduces the published figure), soak.json, results.json and fp16.json.
+Reads figure.csv (the history of the run that reproduces the published figure), soak.json and results.json.
 """
 
 import json
 import re
-import statistics
 
 import pandas as pd
 from common import HERE, ROOT
@@ -107,26 +106,11 @@ def bench():
         "saving.\n\n"
         f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
         f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
-        f"{fp16()}\n\n"
         "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
         "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
         "work): it starts a new process for each message.\n\n"
         "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
         "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
-    )
-
-
-def fp16():
-    about = read("fp16.json")
-    means = {kind: statistics.mean(values) for kind, values in about["last_5_rounds"].items()}
-    differences, spread = about["differences"], about["spread_float32"]
-    within = max(map(abs, differences)) <= max(spread, 0.01)
-    return (
-        f"There is no `--compress`. Over {about['num_rounds']} simulated rounds on {about['dataset']}, parameters sent "
-        f"as float16 gave a test accuracy of {means['float16']:.3f}, as they are {means['float32']:.3f} (means of the "
-        f"last 5 rounds and of n = {len(differences)} seeds; the differences are "
-        f"{', '.join(f'{difference:+.3f}' for difference in differences)}, the spread over seeds is {spread:.3f}): "
-        + ("within noise, but so few bytes are not what a round waits for." if within else "not within noise.")
     )
 
 
