@@ -27,24 +27,29 @@ IMPORTS = "import torch, flwr.client; from flwr.client import start_client; prin
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
 
 
-def row(number, name, unit, ours, reference, against, goal=None, limit=None):
-    """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median."""
-    ratios = [mine / other for mine, other in zip(ours, reference)]
-    middle = {"ours": statistics.median(ours), "reference": statistics.median(reference)}
-    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    met = None
-    if goal is not None or limit is not None:
-        met = (goal is None or ratio["median"] <= goal) and (limit is None or middle["ours"] <= limit)
-    about = {"row": number, "name": name, "unit": unit, "against": against, "n": len(ratios), **middle, "ratio": ratio}
-    return {**about, "goal": goal, "limit": limit, "met": met, "samples": {"ours": ours, "reference": reference}}
-
-
 class Bench:
     """The rows by name; each method measures, and returns its lines of the table."""
 
     def __init__(self, suite, pairs):
         self.suite, self.pairs, self.notes = suite, pairs, {}
         self.dataset, self.archive = None, suite.root / "cifar-10-python.tar.gz"
+
+    def row(self, number, name, unit, ours, reference, against, goal=None, limit=None):
+        """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median.
+
+        Raises ValueError unless both have a sample for each of the alternating pairs.
+        """
+        if not len(ours) == len(reference) == self.pairs:
+            raise ValueError(f"{name}: {len(ours)} samples of ours, {len(reference)} of {against}, {self.pairs} pairs")
+        ratios = [mine / other for mine, other in zip(ours, reference, strict=True)]
+        middle = {"ours": statistics.median(ours), "reference": statistics.median(reference)}
+        ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        met = None
+        if goal is not None or limit is not None:
+            met = (goal is None or ratio["median"] <= goal) and (limit is None or middle["ours"] <= limit)
+        about = {"row": number, "name": name, "unit": unit, "against": against, "n": self.pairs, **middle}
+        samples = {"ours": ours, "reference": reference}
+        return {**about, "ratio": ratio, "goal": goal, "limit": limit, "met": met, "samples": samples}
 
     def prepare(self):
         """Make the archive and the shards of 10 clients."""
@@ -77,9 +82,9 @@ class Bench:
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
-            row(1, epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
-            row(2, epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
-            row(2, whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
+            self.row(1, epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
+            self.row(2, epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
+            self.row(2, whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
         ]
 
     def start(self):
@@ -125,10 +130,12 @@ class Bench:
         server.kill()
         empty = "empty process with torch and flwr"
         return [
-            row(3, "client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
-            row(3, "client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
-            row(3, "client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
-            row(3, "server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
+            self.row(
+                3, "client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3
+            ),
+            self.row(3, "client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
+            self.row(3, "client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
+            self.row(3, "server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
         ]
 
     def rounds(self):
@@ -157,8 +164,10 @@ class Bench:
             for process in [*servers.values(), *clients]:
                 process.kill()
             name = f"round with {num_clients} idle clients"
-            rows.append(row(4, name, "ms", wall["ours"], wall["plain"], "Flower's Server, FedAvg", 1.3))
-            rows.append(row(4, f"{name}: server's CPU", "ms", cpu["ours"], cpu["plain"], "Flower's Server, FedAvg"))
+            rows.append(self.row(4, name, "ms", wall["ours"], wall["plain"], "Flower's Server, FedAvg", 1.3))
+            rows.append(
+                self.row(4, f"{name}: server's CPU", "ms", cpu["ours"], cpu["plain"], "Flower's Server, FedAvg")
+            )
         self.notes["server_memory"] = memory
         return rows
 
@@ -174,14 +183,16 @@ class Bench:
         seconds = {"fit": [], "evaluate": []}
         for name, rounds in seconds.items():
             told = [[line for _, line in client.lines if line.startswith(f'{{"{name}"')] for client in clients]
-            rounds.extend(max(float(line.split()[1].rstrip("}")) for line in lines) for lines in zip(*told))
+            rounds.extend(
+                max(float(line.split()[1].rstrip("}")) for line in lines) for lines in zip(*told, strict=True)
+            )
         whole = [float(line["round_seconds"]) for line in suite.history(self.dataset)]
         fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
-        both = [sum(pair) for pair in zip(fit, evaluate)]
+        both = [sum(pair) for pair in zip(fit, evaluate, strict=True)]
         name = f"whole round, {WHOLE_CLIENTS} client processes"
         return [
-            row(5, name, "s", whole[1:], fit, "its slowest fit", 1.05),
-            row(5, name, "s", whole[1:], both, "slowest fit + slowest evaluate", 1.05),
+            self.row(5, name, "s", whole[1:], fit, "its slowest fit", 1.05),
+            self.row(5, name, "s", whole[1:], both, "slowest fit + slowest evaluate", 1.05),
         ]
 
     def images(self):
@@ -199,7 +210,6 @@ class Bench:
             answer = self.suite.run("workers.py", "save_arrays", self.archive, folder)
             samples["plain"].append(answer["seconds"])
             samples["read"].append(answer["seconds"] + answer["read_seconds"])
-            samples["read"].append(answer["read_seconds"] + answer["seconds"])
             samples["plain_mib"].append(answer["mib"])
             count = answer["images"]
 
@@ -212,9 +222,11 @@ class Bench:
         }
         plain, name = "np.save of the same arrays", f"partition.py, {count} images"
         return [
-            row(6, name, "s", samples["ours"], samples["plain"], plain, 1.3),
-            row(6, name, "s", samples["ours"], samples["read"], "reading the archive, then np.save", 1.3),
-            row(6, "partition.py: peak memory", "MiB", samples["ours_mib"], samples["plain_mib"], plain, limit=700),
+            self.row(6, name, "s", samples["ours"], samples["plain"], plain, 1.3),
+            self.row(6, name, "s", samples["ours"], samples["read"], "reading the archive, then np.save", 1.3),
+            self.row(
+                6, "partition.py: peak memory", "MiB", samples["ours_mib"], samples["plain_mib"], plain, limit=700
+            ),
         ]
 
     def memory(self):
@@ -222,7 +234,7 @@ class Bench:
         for num_clients in BLOCKS:
             mib = self.suite.run("workers.py", "aggregation_memory", num_clients, self.pairs)
             name = f"server: memory of {num_clients} results"
-            rows.append(row(7, name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
+            rows.append(self.row(7, name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
         return rows
 
     def wire(self):

@@ -201,4 +201,4 @@ class Suite:
             header, *lines = (self.root / "ckps" / dataset / "history.csv").read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [dict(zip(header.split(","), line.split(","))) for line in lines]
+        return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
