@@ -23,7 +23,7 @@ def bench(monkeypatch, tmp_path):
 
 
 def test_row_has_the_ratios_of_the_pairs(bench):
-    row = bench.row(1, "epoch", "s", [1.0, 4.0, 3.0], [2.0, 2.0, 6.0], "bare loop", goal=1.0, limit=2.9)
+    row = bench.row("epoch", "s", [1.0, 4.0, 3.0], [2.0, 2.0, 6.0], "bare loop", goal=1.0, limit=2.9)
     assert (row["ours"], row["reference"], row["n"]) == (3.0, 2.0, 3)
     assert row["ratio"] == {"median": 0.5, "min": 0.5, "max": 2.0}
     assert row["met"] is False  # by its limit alone
@@ -32,7 +32,19 @@ def test_row_has_the_ratios_of_the_pairs(bench):
 @pytest.mark.parametrize("ours, reference", [(3, 6), (6, 3), (6, 6), (3, 2), (2, 2), (0, 0)])
 def test_row_refuses_samples_that_are_not_one_for_each_pair(bench, ours, reference):
     with pytest.raises(ValueError, match=f"epoch: {ours} samples of ours, {reference} of bare loop, 3 pairs"):
-        bench.row(1, "epoch", "s", [1.0] * ours, [1.0] * reference, "bare loop")
+        bench.row("epoch", "s", [1.0] * ours, [1.0] * reference, "bare loop")
+
+
+def test_bench_that_is_measured_anew_replaces_its_rows_and_no_others(bench):
+    from bench import merge
+
+    first = merge({}, {"date": "Monday"}, {"wire": 1}, [{"bench": name} for name in ("epoch", "start", "start")])
+    then = merge(first, {"date": "Tuesday"}, {"data": 2}, [{"bench": "start", "name": "new"}, {"bench": "adam"}])
+    made = [(row["bench"], row["run"], row.get("name")) for row in then["rows"]]
+    assert made == [("epoch", "Monday", None), ("adam", "Tuesday", None), ("start", "Tuesday", "new")]
+    assert (then["wire"], then["data"], list(then["runs"])) == (1, 2, ["Monday", "Tuesday"])
+    last = merge(then, {"date": "Friday"}, {}, [{"bench": "epoch"}])
+    assert list(last["runs"]) == ["Tuesday", "Friday"]  # nothing is left of Monday's
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']}, {row['against']}")
