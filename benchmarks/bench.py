@@ -21,13 +21,29 @@ import time
 
 import psutil
 import report
-from common import BUILD_ARCHIVE, HERE, Suite, about_this_run, free_port, leave_on_signals, memory_of, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, write_json
+from helpers import free_port, lines
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
 BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
 THREADS = 25  # of its clients, in one process; many more would mostly wait for each other, as devices do not
-IMPORTS = "import torch, flwr.client; from flwr.client import start_client; print('imported'); input()"
+IMPORTS = """import torch, grpc
+from flwr.client import NumPyClient
+from flwr.common import serde
+from flwr.proto.transport_pb2 import ClientMessage, Reason
+from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+print("imported", flush=True), input()"""  # what client.py imports of others
+POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
+
+
+def ask(server, rounds):
+    """Have a server of rounds.py run that many rounds: what it answers."""
+    count = len(lines(server, "cpu_seconds"))
+    server.popen.stdin.write(f"{rounds}\n")
+    server.popen.stdin.flush()
+    server.wait_for('"cpu_seconds"', timeout=300, count=count + 1)
+    return json.loads(lines(server, "cpu_seconds")[count])
 
 
 class Bench:
@@ -61,7 +77,7 @@ class Bench:
         if real:
             subprocess.run([sys.executable, BUILD_ARCHIVE, self.suite.root], check=True, timeout=300)
         else:
-            self.suite.run("workers.py", "draw_archive", self.archive, timeout=300)
+            self.suite.measure("draw_archive", self.archive, timeout=300)
         self.notes["data"] = "the real CIFAR-10" if real else "drawn shapes, since ../shared/cifar10 is not there"
         self.partition()
 
@@ -81,13 +97,28 @@ class Bench:
         return seconds, peak
 
     def epoch(self):
-        seconds = self.suite.run("workers.py", "epochs", self.dataset, self.pairs, timeout=300)
+        seconds = self.suite.measure("epochs", self.dataset, self.pairs, timeout=300)
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
             self.row(epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
             self.row(epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
             self.row(whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
+        ]
+
+    def adam(self):
+        """Processes that train two steps with engines.Adam or with torch's: what ours saves, and whether it stays."""
+        samples = {name: {"ours": [], "torch": []} for name in ("seconds", "mib")}
+        for turn in range(self.pairs):
+            for kind in ("ours", "torch") if turn % 2 else ("torch", "ours"):
+                process = self.suite.start("workers.py", "two_steps", kind)
+                samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
+                process.wait_for("mib")
+                samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
+        seconds, mib = samples.values()
+        return [
+            self.row("two steps: start to the first", "s", seconds["ours"], seconds["torch"], "torch.optim.Adam", 0.9),
+            self.row("two steps: peak memory", "MiB", mib["ours"], mib["torch"], "torch.optim.Adam", 0.9),
         ]
 
     def start(self):
@@ -100,8 +131,8 @@ class Bench:
 
         def run_client():
             process = suite.client(0, "--dataset", self.dataset)
-            connected, _ = process.wait_for("connected to the server")
-            first_fit, _ = process.wait_for("fit_loss")
+            connected = process.wait_for("connected to the server", poll=POLL)
+            first_fit = process.wait_for("fit_loss", poll=POLL)
             process.wait_for("fit_loss", count=2)  # so the first evaluate is over too
             samples["client_mib"].append(memory_of(process.pid))
             family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
@@ -112,12 +143,12 @@ class Bench:
 
         def run_imports():
             process = suite.start("-c", "import client; print('imported')")
-            samples["imported"].append(process.wait_for("imported")[0])
+            samples["imported"].append(process.wait_for("imported", poll=POLL))
             process.kill()
 
         def run_bare():
             process = suite.start("workers.py", "bare_client", self.dataset)
-            samples["bare_fit"].append(process.wait_for("fit")[0])
+            samples["bare_fit"].append(process.wait_for("fit", poll=POLL))
             process.kill()
 
         def run_empty():
@@ -151,17 +182,18 @@ class Bench:
                     number = min(THREADS, num_clients - first)
                     clients.append(self.suite.start("rounds.py", "clients", first, number, port))
             for server in servers.values():
-                server.ask(1)  # waits until all have joined, and warms up
+                ask(server, 1)  # waits until all have joined, and warms up
             wall, cpu = ({kind: [] for kind in servers} for _ in range(2))
             for turn in range(self.pairs):
                 for kind in list(servers) if turn % 2 else reversed(servers):
                     time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
-                    answer = servers[kind].ask(block)
+                    answer = ask(servers[kind], block)
                     wall[kind].append(answer["seconds"] / block * 1000)
                     cpu[kind].append(answer["cpu_seconds"] / block * 1000)
             for kind, server in servers.items():
                 server.popen.stdin.close()
-                memory.setdefault(num_clients, {})[kind] = json.loads(server.wait_for("peak_mib")[1])
+                server.wait_for("peak_mib")
+                memory.setdefault(num_clients, {})[kind] = json.loads(lines(server, "peak_mib")[0])
             for process in [*servers.values(), *clients]:
                 process.kill()
             name = f"round with {num_clients} idle clients"
@@ -181,11 +213,9 @@ class Bench:
             client.wait(30)
         seconds = {"fit": [], "evaluate": []}
         for name, rounds in seconds.items():
-            told = [[line for _, line in client.lines if line.startswith(f'{{"{name}"')] for client in clients]
-            rounds.extend(
-                max(float(line.split()[1].rstrip("}")) for line in lines) for lines in zip(*told, strict=True)
-            )
-        whole = [float(line["round_seconds"]) for line in suite.history(self.dataset)]
+            told = [[json.loads(line)[name] for line in lines(client, f'{{"{name}"')] for client in clients]
+            rounds.extend(map(max, zip(*told, strict=True)))
+        whole = [row["round_seconds"] for row in suite.history(self.dataset)]
         fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
         both = [sum(pair) for pair in zip(fit, evaluate, strict=True)]
         name = f"whole round, {WHOLE_CLIENTS} client processes"
@@ -206,7 +236,7 @@ class Bench:
         def plain():
             nonlocal count
             folder = self.suite.root / f"plain_{time.monotonic_ns()}"
-            answer = self.suite.run("workers.py", "save_arrays", self.archive, folder)
+            answer = self.suite.measure("save_arrays", self.archive, folder)
             samples["plain"].append(answer["seconds"])
             samples["read"].append(answer["seconds"] + answer["read_seconds"])
             samples["plain_mib"].append(answer["mib"])
@@ -229,7 +259,7 @@ class Bench:
     def memory(self):
         rows = []
         for num_clients in BLOCKS:
-            mib = self.suite.run("workers.py", "aggregation_memory", num_clients, self.pairs)
+            mib = self.suite.measure("aggregation_memory", num_clients, self.pairs)
             name = f"server: memory of {num_clients} results"
             rows.append(self.row(name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
         return rows
@@ -238,7 +268,7 @@ class Bench:
         """Bytes a round between a client and its server, counted by a proxy: TCP payload, with the handshake's."""
         suite, sent = self.suite, {"to the client": 0, "to the server": 0}
         shapes = ["--dataset", "Shapes10", "--num_clients"]
-        suite.run("partition.py", *shapes, 100)
+        suite.partition(*shapes, 100)
         server = suite.server(*shapes, 1, "--num_rounds", WIRE_ROUNDS)
         server.wait_for("round 1 to")
 
@@ -258,10 +288,10 @@ class Bench:
 
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        client = suite.client(0, *shapes[:2], port=listener.getsockname()[1])
+        client = suite.client(0, *shapes[:2], "--server_port", listener.getsockname()[1])
         server.wait(120)
         client.wait(30)
-        size = suite.run("workers.py", "parameter_bytes")["bytes"]
+        size = suite.measure("parameter_bytes")["bytes"]
         # Down go the parameters twice a round, to fit and to evaluate; up they go once.
         down, up = (sent[name] / WIRE_ROUNDS for name in ("to the client", "to the server"))
         self.notes["wire"] = {"parameters": size, "down_per_round": down, "up_per_round": up, "rounds": WIRE_ROUNDS}
@@ -276,6 +306,8 @@ BENCHES = ["epoch", "adam", "start", "rounds", "whole", "images", "memory", "wir
 
 
 def print_table(rows):
+    if not rows:
+        return
     print(f"{'what':42} {'ours':>9}  {'reference':>9}  {'ratio':>6} {'min … max':>14}   n  goal")
     for line in rows:
         ratio = line["ratio"]
@@ -306,7 +338,7 @@ def main():
         parser.error(f"no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     leave_on_signals()
     about, rows, started = about_this_run(), [], time.monotonic()
-    with Suite() as suite:
+    with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)
         if set(args.benches or BENCHES) - {"adam", "memory", "rounds", "wire"}:
             bench.prepare()

@@ -10,7 +10,8 @@ import json
 import re
 
 import pandas as pd
-from common import HERE, ROOT
+from common import HERE
+from helpers import ROOT
 
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100

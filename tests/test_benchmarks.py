@@ -4,7 +4,7 @@ import json
 import statistics
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 ROWS = json.loads((BENCHMARKS / "results.json").read_text(encoding="utf-8"))["rows"]

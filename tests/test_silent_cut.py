@@ -10,62 +10,10 @@ import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
-from conftest import Process
-from test_faults import ends, lines, new_suite, ordered, patched, play
+from helpers import Network, Process, ends, history, lines, new_suite, ordered, patched, play, wait_until
 
 HEARTBEAT, SILENCE, ROUND_TIMEOUT = 1, 5, 8  # seconds
-
-
-class Network:
-    """Two namespaces, `server` and `clients`, with a cable between them."""
-
-    address = "10.254.0.1"
-
-    def __init__(self):
-        self.server, self.clients = f"fl-server-{os.getpid()}", f"fl-clients-{os.getpid()}"
-
-    def open(self):
-        for namespace in (self.server, self.clients):
-            self.ip("netns", "add", namespace)
-            self.ip("-n", namespace, "link", "set", "lo", "up")
-        self.ip("-n", self.server, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self.clients)
-        for namespace, address in ((self.server, self.address), (self.clients, "10.254.0.2")):
-            self.ip("-n", namespace, "address", "add", f"{address}/30", "dev", "cable")
-            self.ip("-n", namespace, "link", "set", "cable", "up")
-
-    def close(self):
-        for namespace in (self.server, self.clients):
-            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
-
-    def ip(self, *args):
-        subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
-
-    def cut(self):
-        self.ip("-n", self.server, "link", "set", "cable", "down")
-
-    def mend(self):
-        self.ip("-n", self.server, "link", "set", "cable", "up")
-        return time.monotonic()
-
-    def slow_down(self, rate):
-        """Let what clients send take its time."""
-        subprocess.run(
-            ["ip", "netns", "exec", self.clients, "tc", "qdisc", "add", "dev", "cable", "root"]
-            + ["tbf", "rate", rate, "burst", "16kb", "latency", "30s"],
-            check=True,
-            capture_output=True,
-        )
-
-    def speed_up(self):
-        command = ["ip", "netns", "exec", self.clients, "tc", "qdisc", "delete", "dev", "cable", "root"]
-        subprocess.run(command, check=True)
-
-    def sent(self):
-        """Bytes that clients have put on the cable."""
-        command = ["ip", "netns", "exec", self.clients, "cat", "/sys/class/net/cable/statistics/tx_bytes"]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +30,6 @@ def network():
     network.close()
 
 
-def wait_until(what, condition, timeout=90):
-    """Wait until `condition()` is true; the seconds that it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout, f"{what}: not within {timeout} s"
-        time.sleep(0.05)
-    return time.monotonic() - started
-
-
 @pytest.fixture(scope="module")
 def cut(network, tmp_path_factory, three_shards):
     """Three rounds of two clients over a cable that is cut three times, and what was seen of it."""
@@ -104,9 +43,8 @@ def cut(network, tmp_path_factory, three_shards):
         return process
 
     def start_client(cid):
-        patch = ordered(suite) + f"script.SILENCE = {SILENCE}"
-        arguments = ("--server_address", network.address, "--num_threads", 1, "--cid", cid)
-        return start(network.clients, *patched(suite, "client", patch), *arguments)
+        arguments = ordered(suite, cid, "--server_address", network.address, "--silence", SILENCE)
+        return start(network.clients, *arguments)
 
     def joined(cid):
         return len(lines(server, f"cid {cid} joined")) + len(lines(server, f"cid {cid} is back"))
@@ -196,7 +134,7 @@ def test_cable_was_cut_while_results_were_on_it(cut):
 
 def test_training_is_complete_in_spite_of_it(cut):
     assert cut["exits"] == [0, 0, 0] and cut["server"].err == ""
-    rows = pd.read_csv(cut["suite"].ckps("Tiny") / "history.csv")
+    rows = history(cut["suite"])
     assert list(rows["round"]) == [1, 2, 3] and list(rows["clients"]) == [2, 2, 2]
     assert list(rows["failures"]) == [2, 2, 0]
 
