@@ -41,12 +41,14 @@ def run_epoch(loader, model, device, optimizer=None, title=None):
 class Adam:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980), step by step what torch.optim.Adam computes.
 
-    torch.optim itself loads torch's compiler at its first use: 68 MiB, and a second, that a device may not have.
+    torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time: how much
+    it is, `benchmarks/bench.py adam` measures. Once it is nothing any more, delete this class and take torch's.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
-        self.lr, self.betas, self.eps, self.steps = lr, betas, eps, 0
+        self.lr, self.betas, self.eps = lr, betas, eps
         self.parameters = list(parameters)
+        self.steps = [0] * len(self.parameters)  # each counts its own: without a gradient it takes no step
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
 
@@ -56,13 +58,13 @@ class Adam:
 
     @torch.no_grad()
     def step(self):
-        self.steps += 1
         beta1, beta2 = self.betas
-        size, correction = self.lr / (1 - beta1**self.steps), math.sqrt(1 - beta2**self.steps)
-        for parameter, mean, square in zip(self.parameters, self.means, self.squares):
+        for index, (parameter, mean, square) in enumerate(zip(self.parameters, self.means, self.squares)):
             gradient = parameter.grad
             if gradient is None:  # it took no part in the loss
                 continue
+            self.steps[index] += 1
+            size, correction = self.lr / (1 - beta1 ** self.steps[index]), math.sqrt(1 - beta2 ** self.steps[index])
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             parameter.addcdiv_(mean, (square.sqrt() / correction).add_(self.eps), value=-size)

@@ -3,9 +3,10 @@
     make bench
     python benchmarks/bench.py epoch rounds --pairs 11
 
-Without names of rows all are run, on the real CIFAR-10 if ../shared/cifar10 makes it and else on drawn shapes, and the
-figures go to benchmarks/results.json and results.png; minutes on two quiet cores, with one torch thread. A ratio is
-ours divided by the reference, so less is better: the median, least and greatest of alternating pairs.
+Without names all benches are run, on the real CIFAR-10 if ../shared/cifar10 makes it and else on drawn shapes; minutes
+on two quiet cores, with one torch thread. The figures go to benchmarks/results.json, those of benches that are named in
+place of their old ones, and from there into the READMEs (report.py). A ratio is ours divided by the reference, so less
+is better: the median, least and greatest of alternating pairs.
 """
 
 import argparse
@@ -19,32 +20,55 @@ import threading
 import time
 
 import psutil
-from common import BUILD_ARCHIVE, HERE, Suite, about_this_run, free_port, leave_on_signals, memory_of, write_json
+import report
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, write_json
+from helpers import free_port, lines
 
-BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}  # row 4: number of clients, and rounds in each of the alternating blocks
-THREADS = 25  # row 4: clients in one process; many more would mostly wait for each other, as devices do not
-IMPORTS = "import torch, flwr.client; from flwr.client import start_client; print('imported'); input()"
+# For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
+BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
+THREADS = 25  # of its clients, in one process; many more would mostly wait for each other, as devices do not
+IMPORTS = """import torch, grpc
+from flwr.client import NumPyClient
+from flwr.common import serde
+from flwr.proto.transport_pb2 import ClientMessage, Reason
+from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+print("imported", flush=True), input()"""  # what client.py imports of others
+POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
 
 
-def row(number, name, unit, ours, reference, against, goal=None, limit=None):
-    """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median."""
-    ratios = [mine / other for mine, other in zip(ours, reference)]
-    middle = {"ours": statistics.median(ours), "reference": statistics.median(reference)}
-    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    met = None
-    if goal is not None or limit is not None:
-        met = (goal is None or ratio["median"] <= goal) and (limit is None or middle["ours"] <= limit)
-    about = {"row": number, "name": name, "unit": unit, "against": against, "n": len(ratios), **middle, "ratio": ratio}
-    return {**about, "goal": goal, "limit": limit, "met": met, "samples": {"ours": ours, "reference": reference}}
+def ask(server, rounds):
+    """Have a server of rounds.py run that many rounds: what it answers."""
+    count = len(lines(server, "cpu_seconds"))
+    server.popen.stdin.write(f"{rounds}\n")
+    server.popen.stdin.flush()
+    server.wait_for('"cpu_seconds"', timeout=300, count=count + 1)
+    return json.loads(lines(server, "cpu_seconds")[count])
 
 
 class Bench:
-    """The rows by name; each method measures, and returns its lines of the table."""
+    """The benches by name; each method measures, and returns its rows of the table."""
 
     def __init__(self, suite, pairs):
         self.suite, self.pairs, self.notes = suite, pairs, {}
         self.dataset, self.archive = None, suite.root / "cifar-10-python.tar.gz"
+
+    def row(self, name, unit, ours, reference, against, goal=None, limit=None):
+        """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median.
+
+        Raises ValueError unless both have a sample for each of the alternating pairs.
+        """
+        if not len(ours) == len(reference) == self.pairs:
+            raise ValueError(f"{name}: {len(ours)} samples of ours, {len(reference)} of {against}, {self.pairs} pairs")
+        ratios = [mine / other for mine, other in zip(ours, reference, strict=True)]
+        middle = {"ours": statistics.median(ours), "reference": statistics.median(reference)}
+        ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        met = None
+        if goal is not None or limit is not None:
+            met = (goal is None or ratio["median"] <= goal) and (limit is None or middle["ours"] <= limit)
+        about = {"name": name, "unit": unit, "against": against, "n": self.pairs, **middle}
+        samples = {"ours": ours, "reference": reference}
+        return {**about, "ratio": ratio, "goal": goal, "limit": limit, "met": met, "samples": samples}
 
     def prepare(self):
         """Make the archive and the shards of 10 clients."""
@@ -53,7 +77,7 @@ class Bench:
         if real:
             subprocess.run([sys.executable, BUILD_ARCHIVE, self.suite.root], check=True, timeout=300)
         else:
-            self.suite.run("workers.py", "draw_archive", self.archive, timeout=300)
+            self.suite.measure("draw_archive", self.archive, timeout=300)
         self.notes["data"] = "the real CIFAR-10" if real else "drawn shapes, since ../shared/cifar10 is not there"
         self.partition()
 
@@ -73,13 +97,28 @@ class Bench:
         return seconds, peak
 
     def epoch(self):
-        seconds = self.suite.run("workers.py", "epochs", self.dataset, self.pairs, timeout=300)
+        seconds = self.suite.measure("epochs", self.dataset, self.pairs, timeout=300)
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
-            row(1, epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
-            row(2, epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
-            row(2, whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
+            self.row(epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
+            self.row(epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
+            self.row(whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
+        ]
+
+    def adam(self):
+        """Processes that train two steps with engines.Adam or with torch's: what ours saves, and whether it stays."""
+        samples = {name: {"ours": [], "torch": []} for name in ("seconds", "mib")}
+        for turn in range(self.pairs):
+            for kind in ("ours", "torch") if turn % 2 else ("torch", "ours"):
+                process = self.suite.start("workers.py", "two_steps", kind)
+                samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
+                process.wait_for("mib")
+                samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
+        seconds, mib = samples.values()
+        return [
+            self.row("two steps: start to the first", "s", seconds["ours"], seconds["torch"], "torch.optim.Adam", 0.9),
+            self.row("two steps: peak memory", "MiB", mib["ours"], mib["torch"], "torch.optim.Adam", 0.9),
         ]
 
     def start(self):
@@ -92,8 +131,8 @@ class Bench:
 
         def run_client():
             process = suite.client(0, "--dataset", self.dataset)
-            connected, _ = process.wait_for("connected to the server")
-            first_fit, _ = process.wait_for("fit_loss")
+            connected = process.wait_for("connected to the server", poll=POLL)
+            first_fit = process.wait_for("fit_loss", poll=POLL)
             process.wait_for("fit_loss", count=2)  # so the first evaluate is over too
             samples["client_mib"].append(memory_of(process.pid))
             family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
@@ -104,12 +143,12 @@ class Bench:
 
         def run_imports():
             process = suite.start("-c", "import client; print('imported')")
-            samples["imported"].append(process.wait_for("imported")[0])
+            samples["imported"].append(process.wait_for("imported", poll=POLL))
             process.kill()
 
         def run_bare():
             process = suite.start("workers.py", "bare_client", self.dataset)
-            samples["bare_fit"].append(process.wait_for("fit")[0])
+            samples["bare_fit"].append(process.wait_for("fit", poll=POLL))
             process.kill()
 
         def run_empty():
@@ -125,10 +164,10 @@ class Bench:
         server.kill()
         empty = "empty process with torch and flwr"
         return [
-            row(3, "client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
-            row(3, "client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
-            row(3, "client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
-            row(3, "server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
+            self.row("client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
+            self.row("client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
+            self.row("client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
+            self.row("server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
         ]
 
     def rounds(self):
@@ -143,22 +182,23 @@ class Bench:
                     number = min(THREADS, num_clients - first)
                     clients.append(self.suite.start("rounds.py", "clients", first, number, port))
             for server in servers.values():
-                server.ask(1)  # waits until all have joined, and warms up
+                ask(server, 1)  # waits until all have joined, and warms up
             wall, cpu = ({kind: [] for kind in servers} for _ in range(2))
             for turn in range(self.pairs):
                 for kind in list(servers) if turn % 2 else reversed(servers):
                     time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
-                    answer = servers[kind].ask(block)
+                    answer = ask(servers[kind], block)
                     wall[kind].append(answer["seconds"] / block * 1000)
                     cpu[kind].append(answer["cpu_seconds"] / block * 1000)
             for kind, server in servers.items():
                 server.popen.stdin.close()
-                memory.setdefault(num_clients, {})[kind] = json.loads(server.wait_for("peak_mib")[1])
+                server.wait_for("peak_mib")
+                memory.setdefault(num_clients, {})[kind] = json.loads(lines(server, "peak_mib")[0])
             for process in [*servers.values(), *clients]:
                 process.kill()
             name = f"round with {num_clients} idle clients"
-            rows.append(row(4, name, "ms", wall["ours"], wall["plain"], "Flower's Server, FedAvg", 1.3))
-            rows.append(row(4, f"{name}: server's CPU", "ms", cpu["ours"], cpu["plain"], "Flower's Server, FedAvg"))
+            rows.append(self.row(name, "ms", wall["ours"], wall["plain"], "Flower's Server, FedAvg", 1.3))
+            rows.append(self.row(f"{name}: server's CPU", "ms", cpu["ours"], cpu["plain"], "Flower's Server, FedAvg"))
         self.notes["server_memory"] = memory
         return rows
 
@@ -173,15 +213,15 @@ class Bench:
             client.wait(30)
         seconds = {"fit": [], "evaluate": []}
         for name, rounds in seconds.items():
-            told = [[line for _, line in client.lines if line.startswith(f'{{"{name}"')] for client in clients]
-            rounds.extend(max(float(line.split()[1].rstrip("}")) for line in lines) for lines in zip(*told))
-        whole = [float(line["round_seconds"]) for line in suite.history(self.dataset)]
+            told = [[json.loads(line)[name] for line in lines(client, f'{{"{name}"')] for client in clients]
+            rounds.extend(map(max, zip(*told, strict=True)))
+        whole = [row["round_seconds"] for row in suite.history(self.dataset)]
         fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
-        both = [sum(pair) for pair in zip(fit, evaluate)]
+        both = [sum(pair) for pair in zip(fit, evaluate, strict=True)]
         name = f"whole round, {WHOLE_CLIENTS} client processes"
         return [
-            row(5, name, "s", whole[1:], fit, "its slowest fit", 1.05),
-            row(5, name, "s", whole[1:], both, "slowest fit + slowest evaluate", 1.05),
+            self.row(name, "s", whole[1:], fit, "its slowest fit", 1.05),
+            self.row(name, "s", whole[1:], both, "slowest fit + slowest evaluate", 1.05),
         ]
 
     def images(self):
@@ -196,10 +236,9 @@ class Bench:
         def plain():
             nonlocal count
             folder = self.suite.root / f"plain_{time.monotonic_ns()}"
-            answer = self.suite.run("workers.py", "save_arrays", self.archive, folder)
+            answer = self.suite.measure("save_arrays", self.archive, folder)
             samples["plain"].append(answer["seconds"])
             samples["read"].append(answer["seconds"] + answer["read_seconds"])
-            samples["read"].append(answer["read_seconds"] + answer["seconds"])
             samples["plain_mib"].append(answer["mib"])
             count = answer["images"]
 
@@ -212,24 +251,24 @@ class Bench:
         }
         plain, name = "np.save of the same arrays", f"partition.py, {count} images"
         return [
-            row(6, name, "s", samples["ours"], samples["plain"], plain, 1.3),
-            row(6, name, "s", samples["ours"], samples["read"], "reading the archive, then np.save", 1.3),
-            row(6, "partition.py: peak memory", "MiB", samples["ours_mib"], samples["plain_mib"], plain, limit=700),
+            self.row(name, "s", samples["ours"], samples["plain"], plain, 1.3),
+            self.row(name, "s", samples["ours"], samples["read"], "reading the archive, then np.save", 1.3),
+            self.row("partition.py: peak memory", "MiB", samples["ours_mib"], samples["plain_mib"], plain, limit=700),
         ]
 
     def memory(self):
         rows = []
         for num_clients in BLOCKS:
-            mib = self.suite.run("workers.py", "aggregation_memory", num_clients, self.pairs)
+            mib = self.suite.measure("aggregation_memory", num_clients, self.pairs)
             name = f"server: memory of {num_clients} results"
-            rows.append(row(7, name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
+            rows.append(self.row(name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
         return rows
 
     def wire(self):
         """Bytes a round between a client and its server, counted by a proxy: TCP payload, with the handshake's."""
         suite, sent = self.suite, {"to the client": 0, "to the server": 0}
         shapes = ["--dataset", "Shapes10", "--num_clients"]
-        suite.run("partition.py", *shapes, 100)
+        suite.partition(*shapes, 100)
         server = suite.server(*shapes, 1, "--num_rounds", WIRE_ROUNDS)
         server.wait_for("round 1 to")
 
@@ -249,10 +288,10 @@ class Bench:
 
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        client = suite.client(0, *shapes[:2], port=listener.getsockname()[1])
+        client = suite.client(0, *shapes[:2], "--server_port", listener.getsockname()[1])
         server.wait(120)
         client.wait(30)
-        size = suite.run("workers.py", "parameter_bytes")["bytes"]
+        size = suite.measure("parameter_bytes")["bytes"]
         # Down go the parameters twice a round, to fit and to evaluate; up they go once.
         down, up = (sent[name] / WIRE_ROUNDS for name in ("to the client", "to the server"))
         self.notes["wire"] = {"parameters": size, "down_per_round": down, "up_per_round": up, "rounds": WIRE_ROUNDS}
@@ -263,80 +302,58 @@ class Bench:
         return []
 
 
-ROWS = ["epoch", "start", "rounds", "whole", "images", "memory", "wire"]
-
-
-def goal_of(line):
-    goals = [f"≤ {line['goal']:.2f}"] if line["goal"] is not None else []
-    goals += [f"≤ {line['limit']} {line['unit']}"] if line["limit"] is not None else []
-    return ", ".join(goals)
+BENCHES = ["epoch", "adam", "start", "rounds", "whole", "images", "memory", "wire"]
 
 
 def print_table(rows):
-    verdicts = {True: "met", False: "MISSED", None: ""}
-    print(f"{'':2}  {'what':42} {'ours':>9}  {'reference':>9}  {'ratio':>6} {'min … max':>14}   n  goal")
+    if not rows:
+        return
+    print(f"{'what':42} {'ours':>9}  {'reference':>9}  {'ratio':>6} {'min … max':>14}   n  goal")
     for line in rows:
         ratio = line["ratio"]
         print(
-            f"{line['row']:2}  {line['name']:42} {line['ours']:9.3f}  {line['reference']:9.3f}  {ratio['median']:6.3f}"
-            f" {ratio['min']:6.3f} … {ratio['max']:5.3f} {line['n']:3}  {goal_of(line)} {verdicts[line['met']]}\n"
-            f"{'':6}in {line['unit']}, against {line['against']}",
+            f"{line['name']:42} {line['ours']:9.3f}  {line['reference']:9.3f}  {ratio['median']:6.3f}"
+            f" {ratio['min']:6.3f} … {ratio['max']:5.3f} {line['n']:3}  {report.goal_of(line)}\n"
+            f"    in {line['unit']}, against {line['against']}",
             flush=True,
         )
 
 
-def draw(path, rows, about):
-    """The ratios with their spread, and the goals, on a logarithmic axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained")
-    axes = figure.subplots()
-    for place, line in enumerate(rows):
-        ratio, colour = line["ratio"], {True: "tab:green", False: "tab:red", None: "tab:gray"}[line["met"]]
-        axes.plot([ratio["min"], ratio["max"]], [place, place], "-", color=colour, linewidth=5, alpha=0.35)
-        axes.plot(ratio["median"], place, "o", color=colour)
-        if line["goal"] is not None:
-            axes.plot(line["goal"], place, "|", color="black", markersize=16, markeredgewidth=2)
-    axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(rows)), [f"{line['row']}  {line['name']}, against {line['against']}" for line in rows])
-    axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("ours / reference, logarithmic: median (dot), least to greatest (bar), goal (black mark)")
-    axes.set_title(f"{about['cpu']}, {about['cores']} cores, {about['date'][:10]}; data: {about['data']}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    print(f"written: {path}")
+def merge(old, about, notes, rows):
+    """What results.json has to say now: the benches of `rows` from the run `about`, all else as in `old`."""
+    run, names = about["date"], {row["bench"] for row in rows}
+    rows = [row for row in old.get("rows", []) if row["bench"] not in names] + [{"run": run, **row} for row in rows]
+    rows.sort(key=lambda row: BENCHES.index(row["bench"]))
+    runs = {**old.get("runs", {}), run: about}
+    used = {row["run"] for row in rows}
+    return {**old, **notes, "runs": {run: runs[run] for run in runs if run in used}, "rows": rows}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all, and write files)")
-    parser.add_argument("--pairs", type=int, default=7, help="alternating pairs a row (default: 7)")
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--pairs", type=int, default=7, help="alternating pairs (default: 7); under 5 write no files")
     args = parser.parse_args()
-    if unknown := set(args.rows) - set(ROWS):
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    if unknown := set(args.benches) - set(BENCHES):
+        parser.error(f"no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     leave_on_signals()
     about, rows, started = about_this_run(), [], time.monotonic()
-    with Suite() as suite:
+    with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)
-        if set(args.rows or ROWS) - {"memory", "wire", "rounds"}:
+        if set(args.benches or BENCHES) - {"adam", "memory", "rounds", "wire"}:
             bench.prepare()
-        for name in args.rows or ROWS:
+        for name in args.benches or BENCHES:
             begun = time.monotonic()
-            rows += (measured := getattr(bench, name)())
+            rows += (measured := [{"bench": name, **row} for row in getattr(bench, name)()])
             print(f"[{name}: {time.monotonic() - begun:.0f} s]")
             print_table(measured)
-    about.update(bench.notes, threads=1, pairs=args.pairs, seconds=round(time.monotonic() - started))
-    print()
-    print_table(rows)
-    print(f"{about['seconds']} s in all; {about}")
-    if not args.rows:
-        write_json(HERE / "results.json", {**about, "rows": rows})
-        draw(HERE / "results.png", rows, about)
+    about.update(threads=1, pairs=args.pairs, seconds=round(time.monotonic() - started))
+    print(f"{about['seconds']} s in all; {about}; {bench.notes}")
+    if args.pairs >= 5:
+        path = HERE / "results.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if args.benches else {}
+        write_json(path, merge(old, about, bench.notes, rows))
+        report.main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What bench.py and soak.py share: a copy of the suite in a folder of its own, and its scripts as real processes."""
+"""What bench.py and soak.py share, beside tests/helpers.py: a suite in a temporary folder, and what made a result."""
 
 import datetime
 import importlib.metadata
@@ -7,19 +7,19 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import psutil
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-BUILD_ARCHIVE = ROOT.parent / "shared" / "cifar10" / "build_archive"  # makes the real CIFAR-10 in its own layout
+sys.path.append(str(HERE.parent / "tests"))
+
+from helpers import SHARED, Suite, heed_signals, history  # noqa: E402
+
+BUILD_ARCHIVE = SHARED / "cifar10" / "build_archive"  # makes the real CIFAR-10 in its own layout
 PACKAGES = ("flwr", "grpcio", "torch", "numpy", "opencv-python-headless", "pandas", "wandb")
 
 
@@ -29,6 +29,7 @@ def leave_on_signals():
     def leave(signum, frame):
         raise SystemExit(128 + signum)
 
+    heed_signals()
     signal.signal(signal.SIGTERM, leave)
 
 
@@ -53,12 +54,6 @@ def write_json(path, what):
     print(f"written: {path}")
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def memory_of(pid, field="VmHWM"):
     """MiB of resident memory of a process: its peak (VmHWM) or what it has now (VmRSS); 0 when it is gone."""
     try:
@@ -69,95 +64,28 @@ def memory_of(pid, field="VmHWM"):
     return sizes[0] / 1024 if sizes else 0.0
 
 
-class Process:
-    """A running process whose lines of output are kept with the time at which they came."""
-
-    def __init__(self, command, env, errors):
-        self.started = time.monotonic()
-        self.popen = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, cwd="/", text=True
-        )
-        self.pid = self.popen.pid
-        self.lines, self.ended, self.came = [], False, threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.popen.stdout:
-            with self.came:
-                self.lines.append((time.monotonic(), line.rstrip("\n")))
-                self.came.notify_all()
-        with self.came:
-            self.ended = True
-            self.came.notify_all()
-
-    def wait_for(self, text, timeout=120, after=0, count=1):
-        """The `count`th line with `text`, from line number `after` on: (seconds since the process started, line)."""
-
-        def found():
-            return next(iter([entry for entry in self.lines[after:] if text in entry[1]][count - 1 :]), None)
-
-        with self.came:
-            self.came.wait_for(lambda: found() or self.ended, timeout)
-            if found() is None:
-                tail = "\n".join(line for _, line in self.lines[-10:])
-                raise RuntimeError(f"no {text!r} within {timeout} s from {self.popen.args}:\n{tail}")
-            when, line = found()
-            return when - self.started, line
-
-    def ask(self, line, timeout=300):
-        """Send a line to its input and read the JSON that it answers."""
-        after = len(self.lines)
-        self.popen.stdin.write(f"{line}\n")
-        self.popen.stdin.flush()
-        return json.loads(self.wait_for("{", timeout, after)[1])
-
-    def wait(self, timeout=120):
-        return self.popen.wait(timeout)
-
-    def send(self, signum):
-        if self.popen.poll() is None:
-            os.kill(self.pid, signum)
-
-    def kill(self):
-        self.send(signal.SIGKILL)
-        self.popen.wait()
-
-
-class Suite:
-    """A copy of the suite's scripts in a temporary folder, where they find and leave their files.
+class BenchSuite(Suite):
+    """A copy of the suite in a temporary folder, which starts the scripts of benchmarks/ too.
 
     A context manager: at its end, also by Ctrl-C, all processes are killed, by PID, and the folder is gone.
     """
 
     def __init__(self):
-        self.root = Path(tempfile.mkdtemp(prefix="suite-"))
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, self.root)
-        self.port, self.processes = free_port(), []
+        super().__init__(Path(tempfile.mkdtemp(prefix="suite-")))
         self.mark = f"SUITE_UNDER_TEST={self.root}"
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         self.env.update(
-            [self.mark.split("=")],
-            OMP_NUM_THREADS="1",
-            PYTHONPATH=str(self.root),
-            PYTHONUNBUFFERED="1",
-            TMPDIR=str(self.root),
-            WANDB_DIR=str(self.root),
-            WANDB_MODE="offline",
+            [self.mark.split("=")], PYTHONPATH=str(self.root), TMPDIR=str(self.root), WANDB_DIR=str(self.root)
         )
-        self.errors = open(self.root / "errors.log", "a")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        for process in self.processes:
-            process.kill()
+        self.close()
         for pid in self.left_over():
             os.kill(pid, signal.SIGKILL)
-        self.errors.close()
         if kind not in (None, KeyboardInterrupt, SystemExit):
-            print((self.root / "errors.log").read_text()[-3000:], file=sys.stderr)
+            print("".join(process.err for process in self.processes)[-3000:], file=sys.stderr)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def left_over(self):
@@ -171,34 +99,21 @@ class Suite:
                 continue  # it ended meanwhile, or is not ours to read
         return pids
 
-    def start(self, *command, **env):
-        """Start `command`: a script of the suite or of benchmarks/, or `-c` with code; then its arguments."""
-        script = next(
-            (folder / command[0] for folder in (self.root, HERE) if (folder / command[0]).exists()), command[0]
-        )
-        process = Process([sys.executable, *map(str, [script, *command[1:]])], {**self.env, **env}, self.errors)
-        self.processes.append(process)
-        return process
+    def start(self, script, *args, **kwargs):
+        """Start a script of the suite or of benchmarks/, or `-c` with code, that can be written to."""
+        own = HERE / script
+        return super().start(own if own.exists() else script, *args, stdin=subprocess.PIPE, **kwargs)
 
-    def run(self, *command, timeout=120):
-        """Run such a command to its end: the JSON in its last line, or None; raises where it fails."""
-        process = self.start(*command)
-        if process.wait(timeout) != 0:
-            raise RuntimeError(f"{process.popen.args} ended with {process.popen.returncode}")
-        with process.came:
-            process.came.wait_for(lambda: process.ended, 10)
-        return json.loads(process.lines[-1][1]) if process.lines and process.lines[-1][1][:1] in "[{" else None
-
-    def server(self, *args):
-        return self.start("server.py", "--server_port", self.port, *args)
-
-    def client(self, cid, *args, port=None):
-        return self.start("client.py", "--server_port", port or self.port, "--num_threads", 1, "--cid", cid, *args)
+    def measure(self, *args, timeout=120):
+        """Run workers.py to its end: the JSON in its last line."""
+        process = self.run("workers.py", *args, timeout=timeout)
+        if process.popen.returncode != 0:
+            raise RuntimeError(str(process))
+        return json.loads(process.out.splitlines()[-1])
 
     def history(self, dataset):
-        """The rows of history.csv, dictionaries of strings; none where there is no file yet."""
+        """The rows of history.csv as dictionaries; none where there is no file yet."""
         try:
-            header, *lines = (self.root / "ckps" / dataset / "history.csv").read_text().splitlines()
+            return history(self, dataset).to_dict("records")
         except FileNotFoundError:
             return []
-        return [dict(zip(header.split(","), line.split(","))) for line in lines]

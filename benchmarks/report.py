@@ -1,21 +1,28 @@
-"""Write what was measured into README.md, between its markers, so that no figure there is typed by hand.
+"""Write what was measured into README.md and benchmarks/README.md, between their markers, and draw results.png.
 
     python benchmarks/report.py
 
-Reads figure.csv (the history of the run that reproduces the published figure), soak.json, results.json and fp16.json.
+Reads figure.csv (the history of the run that reproduces the published figure), soak.json and results.json, so that no
+figure in the two is typed by hand. bench.py and soak.py call it when they have written theirs.
 """
 
 import json
 import re
-import statistics
 
 import pandas as pd
-from common import HERE, ROOT
+from common import HERE
+from helpers import ROOT
 
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
+NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
+    ("epoch of", "bare loop"),
+    ("whole round", "slowest fit + slowest evaluate"),
+    ("round with 10 idle clients", "Flower"),
+    ("client: peak memory", "empty process"),
+)
 
 
 def read(name):
@@ -32,82 +39,130 @@ def machine(about):
     return f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, {packages}; {about['date'][:10]}"
 
 
-def figure():
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure.
+
+
+def read_figure():
+    """The rows of figure.csv by round, and the round with the best test accuracy."""
     history = pd.read_csv(HERE / "figure.csv").set_index("round")
+    return history, history["test_accuracy"].idxmax()
+
+
+def figure():
+    history, best = read_figure()
     rows = [[current, *(f"{history[name][current]:.3f}" for name in SHOWN)] for current in (1, 10, 20, 50, 100)]
-    best = history["test_accuracy"].idxmax()
     return (
         "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch a round, Adam 1e-3, "
         f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding, the server and the clients eleven "
         "processes on one machine with 2 cores, one thread each:\n\n"
         f"{table(['round', *SHOWN], rows)}\n\n"
         f"The test accuracy is at its best in round {best}: {history['test_accuracy'][best]:.3f}. The run took "
-        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `benchmarks/figure.csv`. It was made "
-        f"with\n\n{FIGURE_COMMANDS}"
+        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `figure.csv`. It was made with\n\n"
+        f"{FIGURE_COMMANDS}"
     )
 
 
-def soak():
+def figure_in_short():
+    history, best = read_figure()
+    return (
+        f"Ten clients, {len(history)} rounds on CIFAR-10: the test accuracy ends at "
+        f"{history['test_accuracy'].iloc[-1]:.3f} and was at its best in round {best}, with "
+        f"{history['test_accuracy'][best]:.3f} ([how it was made](benchmarks/README.md#the-figure))."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The soak.
+
+
+def read_soak():
+    """What soak.json has of both trainings, how many faults there were and were survived, and the gap in accuracy."""
     about = read("soak.json")
     faulty, clean = about["faulty"], about["clean"]
+    injected, survived = (sum(kind[name] for kind in faulty["faults"].values()) for name in ("injected", "survived"))
+    return about, faulty, clean, injected, survived, 100 * abs(faulty["test_accuracy"] - clean["test_accuracy"])
+
+
+def soak():
+    about, faulty, clean, _, _, gap = read_soak()
     rows = [[kind, counts["injected"], counts["survived"]] for kind, counts in faulty["faults"].items()]
-    gap = abs(faulty["test_accuracy"] - clean["test_accuracy"])
     return (
         f"`make soak` trains 10 clients for {faulty['rounds']} rounds under a hail of faults, and without any:\n\n"
         f"{table(['fault', 'injected', 'survived'], rows)}\n\n"
         f"Rows of the history lost: {faulty['rows_lost']}; double: {faulty['rows_double']}; processes left at the end: "
         f"{faulty['processes_left']}. Rounds that a killed server had not saved yet and ran again: "
         f"{faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
-        f"{clean['test_accuracy']:.3f}, a difference of {100 * gap:.1f} points. ({machine(about)}.)"
+        f"{clean['test_accuracy']:.3f}, a difference of {gap:.1f} points. ({machine(about)}.)"
     )
 
 
-def goal_of(line):
-    goals = [f"≤ {line['goal']:.2f}"] if line["goal"] is not None else []
-    goals += [f"≤ {line['limit']} {line['unit']}"] if line["limit"] is not None else []
-    return ", ".join(goals) + ("" if line["met"] in (None, True) else " (missed)")
+def soak_in_short():
+    _, faulty, _, injected, survived, gap = read_soak()
+    return (
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds while clients and the server are killed and "
+        f"frozen: {survived} of {injected} faults survived, {faulty['rows_lost']} rows of the history lost, "
+        f"{gap:.1f} points of accuracy from a run without faults ([more](benchmarks/README.md#under-faults))."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory.
+
+
+def goal_of(row):
+    goals = [f"≤ {row['goal']:.2f}"] if row["goal"] is not None else []
+    goals += [f"≤ {row['limit']} {row['unit']}"] if row["limit"] is not None else []
+    return ", ".join(goals) + ("" if row["met"] in (None, True) else " (missed)")
 
 
 def shown(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def cells(row):
+    """What, ours, reference and ratio of a row, as text."""
+    return [
+        row["name"],
+        f"{shown(row['ours'])} {row['unit']}",
+        f"{shown(row['reference'])} {row['unit']} ({row['against']})",
+        f"{row['ratio']['median']:.2f} ({row['ratio']['min']:.2f} to {row['ratio']['max']:.2f})",
+    ]
+
+
+def find(rows, name, against):
+    """The first row whose name and reference begin so."""
+    return next(row for row in rows if row["name"].startswith(name) and row["against"].startswith(against))
+
+
 def bench():
     about = read("results.json")
-    rows = [
-        [
-            line["name"],
-            f"{shown(line['ours'])} {line['unit']}",
-            f"{shown(line['reference'])} {line['unit']} ({line['against']})",
-            f"{line['ratio']['median']:.2f} ({line['ratio']['min']:.2f} to {line['ratio']['max']:.2f})",
-            line["n"],
-            goal_of(line),
-        ]
-        for line in about["rows"]
-    ]
-    wire, speed = about["wire"], about["images_per_second"]
+    rows, wire, speed = about["rows"], about["wire"], about["images_per_second"]
+    header = ["bench", "what", "ours", "reference", "ratio", "n", "goal"]
+    made = {}  # the benches of each run, in order
+    for row in rows:
+        made.setdefault(row["run"], {})[row["bench"]] = None
+    machines = "\n".join(f"- {', '.join(names)}: {machine(about['runs'][run])}" for run, names in made.items())
 
-    def ratio(number, against):
-        lines = [line for line in about["rows"] if line["row"] == number and against in line["against"]]
-        return f"{lines[0]['ratio']['median']:.2f}"
+    def ratio(name, against):
+        return f"{find(rows, name, against)['ratio']['median']:.2f}"
 
-    saving, reading_too = (line["reference"] for line in about["rows"] if line["row"] == 6 and line["unit"] == "s")
-
+    saving, reading_too = (find(rows, "partition.py, ", against)["reference"] for against in ("np.save", "reading"))
     return (
         "`make bench` measures each figure beside its reference in the same run on the same work, in alternating "
         "pairs. Medians; of the ratio the least and greatest too:\n\n"
-        f"{table(['what', 'ours', 'reference', 'ratio', 'n', 'goal'], rows)}\n\n"
-        f"{machine(about)}; one torch thread; data: {about['data']}. `partition.py` writes "
-        f"{speed['ours']:,.0f} images a second.\n\n"
-        f"Where the rest goes: a whole round takes {ratio(5, 'its slowest fit')} times its slowest fit, for then the "
-        "devices measure the averaged model on their eval images, which is what `global_eval_*` needs; it takes "
-        f"{ratio(5, 'evaluate')} times both together. Partitioning takes {ratio(6, 'np.save of')} times as long as "
-        "saving alone, for the archive has to be decompressed and read, which by itself takes "
-        f"{(reading_too - saving) / saving:.2f} times as long; it takes {ratio(6, 'reading')} times reading and "
-        "saving.\n\n"
+        f"{table(header, [[row['bench'], *cells(row), row['n'], goal_of(row)] for row in rows])}\n\n"
+        f"One torch thread; data: {about['data']}. Measured on\n\n{machines}\n\n"
+        "![The ratios, their spread and their goals](results.png)\n\n"
+        f"`partition.py` writes {speed['ours']:,.0f} images a second.\n\n"
+        f"Where the rest goes: a whole round takes {ratio('whole round', 'its slowest fit')} times its slowest fit, "
+        "for then the devices measure the averaged model on their eval images, which is what `global_eval_*` needs; it "
+        f"takes {ratio('whole round', 'slowest fit +')} times both together. Partitioning takes "
+        f"{ratio('partition.py, ', 'np.save')} times as long as saving alone, for the archive has to be decompressed "
+        f"and read, which by itself takes {(reading_too - saving) / saving:.2f} times as long; it takes "
+        f"{ratio('partition.py, ', 'reading')} times reading and saving.\n\n"
         f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
         f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
-        f"{fp16()}\n\n"
         "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
         "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
         "work): it starts a new process for each message.\n\n"
@@ -116,37 +171,74 @@ def bench():
     )
 
 
-def fp16():
-    about = read("fp16.json")
-    means = {kind: statistics.mean(values) for kind, values in about["last_5_rounds"].items()}
-    differences, spread = about["differences"], about["spread_float32"]
-    within = max(map(abs, differences)) <= max(spread, 0.01)
+def bench_in_short():
+    rows = read("results.json")["rows"]
+    chosen = [find(rows, *start) for start in NEWCOMERS]
+    shortened = table(["what", "ours", "reference", "ratio"], [cells(row) for row in chosen])
     return (
-        f"There is no `--compress`. Over {about['num_rounds']} simulated rounds on {about['dataset']}, parameters sent "
-        f"as float16 gave a test accuracy of {means['float16']:.3f}, as they are {means['float32']:.3f} (means of the "
-        f"last 5 rounds and of n = {len(differences)} seeds; the differences are "
-        f"{', '.join(f'{difference:+.3f}' for difference in differences)}, the spread over seeds is {spread:.3f}): "
-        + ("within noise, but so few bytes are not what a round waits for." if within else "not within noise.")
+        "Each figure beside its reference, measured in alternating pairs in the same run; medians, of the ratio the "
+        f"least and greatest too:\n\n{shortened}\n\n"
+        f"These and {len(rows) - len(chosen)} more rows, the machine and the goals are in "
+        "[benchmarks/README.md](benchmarks/README.md#speed-and-memory); `make bench` measures all of them anew."
     )
 
 
-def render(text):
-    """README.md's `text` with all sections between markers written anew."""
-    for section in (figure, soak, bench):
-        name = section.__name__
+def draw(path, about):
+    """The ratios with their spread, and the goals, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    rows = about["rows"]
+    picture = Figure(figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained")
+    axes = picture.subplots()
+    for place, row in enumerate(rows):
+        ratio, colour = row["ratio"], {True: "tab:green", False: "tab:red", None: "tab:gray"}[row["met"]]
+        axes.plot([ratio["min"], ratio["max"]], [place, place], "-", color=colour, linewidth=5, alpha=0.35)
+        axes.plot(ratio["median"], place, "o", color=colour)
+        if row["goal"] is not None:
+            axes.plot(row["goal"], place, "|", color="black", markersize=16, markeredgewidth=2)
+    axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [f"{row['bench']}: {row['name']}, against {row['against']}" for row in rows])
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("ours / reference, logarithmic: median (dot), least to greatest (bar), goal (black mark)")
+    machines = {f"{run['cpu']}, {run['cores']} cores, {run['date'][:10]}" for run in about["runs"].values()}
+    axes.set_title("; ".join(sorted(machines)), fontsize=9)
+    picture.savefig(path, dpi=120)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two files: what stands between the markers of each.
+
+PAGES = {
+    ROOT / "README.md": {"figure": figure_in_short, "soak": soak_in_short, "bench": bench_in_short},
+    HERE / "README.md": {"figure": figure, "soak": soak, "bench": bench},
+}
+
+
+def render(text, page=ROOT / "README.md"):
+    """The `text` of one of PAGES with all sections between markers written anew."""
+    for name, section in PAGES[page].items():
         text, count = re.subn(
             f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
             lambda match, section=section: f"{match[1]}{section()}\n{match[2]}",
             text,
             flags=re.DOTALL,
         )
-        assert count == 1, f"README.md has no markers for {name}"
+        assert count == 1, f"{page} has no markers for {name}, or more than one pair"
     return text
 
 
 def main():
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(render(path.read_text(encoding="utf-8"), path), encoding="utf-8")
+        print(f"written: {path}")
+    draw(HERE / "results.png", read("results.json"))
 
 
 if __name__ == "__main__":

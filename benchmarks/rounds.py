@@ -1,4 +1,4 @@
-"""Row 4 of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run by bench.py, as
+"""The bench "rounds" of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run as
 
     python benchmarks/rounds.py server ours NUM_CLIENTS PORT
     python benchmarks/rounds.py clients FIRST_CID NUM_CLIENTS PORT
@@ -16,17 +16,22 @@ import time
 
 from libs import CKPS, quiet_flower, torch
 
-import grpc
 from common import memory_of
-from flwr.client import NumPyClient, start_client
 from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerConfig, start_server
 from flwr.server import strategy as flower
 
-from nets import Net, fingerprint, get_arrays
+import client
+from nets import build_net, fingerprint, get_arrays, trial
 
 MANY = 10**6  # rounds, more than are ever asked for
-DATASET = "bench"
+NET = ("LeNet5", 3, 10)  # name, channels, classes
+
+
+def make_task():
+    """What server and clients must have in common (server.handshake)."""
+    task = {"dataset": "bench", "dataset_id": None, "net": NET[0], "channels": NET[1], "num_classes": NET[2]}
+    return {**task, "fingerprint": fingerprint(build_net(*NET)), "trial": trial(build_net(*NET))}
 
 
 class Gate:
@@ -56,7 +61,7 @@ class Gate:
 
 def serve(kind, num_clients, port):
     torch.manual_seed(0)
-    model = Net(3, 10)
+    model = build_net(*NET)
     numbers = {
         "min_fit_clients": num_clients,
         "min_evaluate_clients": num_clients,
@@ -67,28 +72,29 @@ def serve(kind, num_clients, port):
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
+        import record
+        import registry
         import server
         import strategies
 
-        curves, _ = server.start_wandb(DATASET, None, {})
+        task = make_task()
+        curves, _ = record.start_wandb(task["dataset"], None, {})
         ours = type("Ours", (Gate, strategies.FedAvg), {})
-        path = CKPS / DATASET / "server.ptl"
-        parts["strategy"] = ours(
-            model, path, about={"dataset": DATASET, "wandb_run_id": curves.run.id}, log=curves.log, **numbers
-        )
-        expected = {"dataset": DATASET, "net": type(model).__name__, "fingerprint": fingerprint(model)}
-        registry = server.Registry(num_clients, expected)
-        parts["server"] = server.Server(registry, parts["strategy"], num_clients)
+        path = CKPS / task["dataset"] / "server.ptl"
+        about = {"dataset": task["dataset"], "wandb_run_id": curves.run.id}
+        parts["strategy"] = ours(model, path, about=about, log=curves.log, **numbers)
+        clients = registry.Registry(num_clients, task, None, port)
+        parts["server"] = server.Server(clients, parts["strategy"], num_clients)
     parts["strategy"].gate_before = memory_of("self", "VmRSS")
     start_server(server_address=f"127.0.0.1:{port}", config=ServerConfig(num_rounds=MANY), **parts)
 
 
-class Echo(NumPyClient):
-    """A client that has what server.Registry asks for, and gives back what it gets."""
+class Echo(client.Client):
+    """A client that says what registry.handshake asks for, and gives back the parameters that it gets."""
 
-    def __init__(self, cid, print_of_net):
-        self.properties = {"cid": cid, "device_id": f"{cid:032x}", "dataset": DATASET, "net": Net.__name__}
-        self.properties.update(fingerprint=print_of_net, num_fit=4000, num_eval=1000)
+    def __init__(self, cid, task):
+        who = {"cid": cid, "device_id": f"{cid:032x}", "process": f"{cid:016x}", "num_fit": 4000, "num_eval": 1000}
+        super().__init__(None, None, properties={**task, **who, "dataset_id": "", "trial": task["trial"].tobytes()})
 
     def get_properties(self, config):
         return self.properties
@@ -101,16 +107,12 @@ class Echo(NumPyClient):
 
 
 def be_clients(first_cid, num_clients, port):
-    print_of_net = fingerprint(Net(3, 10))
+    task = make_task()
 
     def stay(cid):
-        while True:
-            try:
-                return start_client(
-                    server_address=f"127.0.0.1:{port}", client=Echo(cid, print_of_net).to_client(), insecure=True
-                )
-            except grpc.RpcError:
-                time.sleep(0.2)  # the server is not up yet
+        echo = Echo(cid, task)
+        while client.serve(echo, "127.0.0.1", port, None) is not None:
+            time.sleep(0.2)  # the server is not up yet
 
     for cid in range(first_cid, first_cid + num_clients):
         threading.Thread(target=stay, args=(cid,), daemon=True).start()

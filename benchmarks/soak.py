@@ -15,7 +15,9 @@ import sys
 import threading
 import time
 
-from common import HERE, Suite, about_this_run, leave_on_signals, write_json
+import report
+from common import HERE, BenchSuite, about_this_run, leave_on_signals, write_json
+from helpers import lines
 
 DATASET, NUM_CLIENTS = "Shapes10", 10
 KILL_EVERY = 2.0  # seconds
@@ -80,8 +82,8 @@ class Training:
         rows = self.rows()
         time.sleep(SERVER_PAUSE)
         self.server = self.start_server("--resume")
-        _, line = self.server.wait_for(f" to {self.num_rounds} with ")
-        first = int(line.split()[1])
+        self.server.wait_for(f" to {self.num_rounds} with ")
+        first = int(lines(self.server, f" to {self.num_rounds} with ")[0].split()[1])
         self.again += max(0, len(rows) + 1 - first)
         self.faults.append(("server killed, resumed", None, len(rows), self.server))
 
@@ -131,8 +133,8 @@ class Training:
 
 def train(num_rounds, seed, with_faults):
     """Train in a suite of its own. Returns what came of it, a dictionary, and shows how far it is."""
-    with Suite() as suite:
-        suite.run("partition.py", "--dataset", DATASET, "--num_clients", NUM_CLIENTS)
+    with BenchSuite() as suite:
+        suite.partition("--dataset", DATASET, "--num_clients", NUM_CLIENTS)
         training = Training(suite, num_rounds, seed)
         watch = threading.Event()
         threading.Thread(target=show_progress, args=(training, watch), daemon=True).start()
@@ -205,6 +207,7 @@ def main():
     print("survived" if good else "NOT survived")
     if args.rounds == 60:
         write_json(HERE / "soak.json", {**about, "seed": args.seed, "good": good, "faulty": faulty, "clean": clean})
+        report.main()
     return 0 if good else 1
 
 

@@ -3,7 +3,8 @@
     python benchmarks/workers.py NAME [ARGUMENT ...]
 
 Each prints JSON. The references are the bare training loop, the way most tutorials read and train, an empty process
-that imports torch and flwr, plain np.save, and Flower's own FedAvg.
+that imports torch and flwr, plain np.save, torch's own Adam, and Flower's own FedAvg. What a reference can do
+without is imported in the function that needs it.
 """
 
 import gc
@@ -14,9 +15,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from libs import CKPS, DATASETS, cv2, nn, np, pd, torch
+from libs import CKPS, DATASETS, nn, np, torch
 
 from common import memory_of
+
+NET = "LeNet5"
 
 
 def alternate(pairs, **works):
@@ -33,7 +36,7 @@ def alternate(pairs, **works):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows 1 and 2: an epoch, and a whole fit call.
+# epoch: an epoch, and a whole fit call.
 
 
 def bare_epoch(images, labels, model, optimizer):
@@ -51,7 +54,9 @@ class TutorialDataset(torch.utils.data.Dataset):
     """An image is read from its file, resized and divided whenever it is asked for."""
 
     def __init__(self, df, data_path):
-        self.df, self.data_path = df, data_path
+        import cv2
+
+        self.df, self.data_path, self.resize = df, data_path, cv2.resize
 
     def __len__(self):
         return len(self.df)
@@ -59,7 +64,7 @@ class TutorialDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         row = self.df.iloc[index]
         image = np.load(f"{self.data_path}/{row['id']}.npy")
-        image = cv2.resize(image, (32, 32)) / 255
+        image = self.resize(image, (32, 32)) / 255
         return torch.tensor(image.transpose(2, 0, 1)).float(), int(row["label"])
 
 
@@ -83,12 +88,14 @@ def tutorial_pass(loader, model, optimizer=None):
 
 def epochs(dataset, pairs):
     """Seconds for the training pass alone and for the whole fit call with eval and checkpoint; ours, bare, tutorial."""
-    from client import load_shard
-    from engines import Adam, client_fit_fn, run_epoch
-    from nets import Net
+    import pandas as pd
 
-    loaders, info = load_shard(dataset, 0, "cpu")
+    from data import load_shard
+    from engines import Adam, client_fit_fn, run_epoch
+    from nets import build_net
+
     folder = DATASETS / dataset
+    loaders, info = load_shard(folder, 0, "cpu")
     table = pd.read_csv(folder / "clients" / "client_0.csv")
     shards = {phase: TutorialDataset(table[table["phase"] == phase], folder / "train") for phase in ("fit", "eval")}
     tutorial = {
@@ -101,7 +108,7 @@ def epochs(dataset, pairs):
 
     def fresh(adam=torch.optim.Adam):
         torch.manual_seed(0)
-        model = Net(info["channels"], len(info["classes"]))
+        model = build_net(NET, info["channels"], len(info["classes"]))
         return model, adam(model.parameters(), lr=1e-3)
 
     def ours_epoch():
@@ -129,7 +136,27 @@ def epochs(dataset, pairs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Row 3: what the least client costs.
+# adam: what torch.optim costs a process that trains.
+
+
+def two_steps(kind):
+    """Train two steps with engines.Adam ("ours") or torch.optim.Adam ("torch"), saying "step" after each."""
+    import engines
+    from nets import build_net
+
+    model = build_net(NET, 3, 10)
+    optimizer = {"ours": engines, "torch": torch.optim}[kind].Adam(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(model(torch.rand(32, 3, 32, 32)), torch.randint(10, (32,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        print("step", flush=True)
+    return {"mib": memory_of("self")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# start: what the least client costs.
 
 
 def bare_client(dataset):
@@ -138,7 +165,7 @@ def bare_client(dataset):
 
     import flwr.client  # noqa: F401 (a client cannot do without)
 
-    from nets import Net
+    from nets import build_net
 
     with open(DATASETS / dataset / "clients" / "client_0.csv") as file:
         rows = list(csv.DictReader(file))
@@ -149,7 +176,7 @@ def bare_client(dataset):
         labels[row["phase"]].append(int(row["label"]))
     images = {phase: torch.from_numpy(np.stack(images[phase])) for phase in images}
     labels = {phase: torch.tensor(labels[phase]) for phase in labels}
-    model = Net(3, 10)
+    model = build_net(NET, 3, 10)
     bare_epoch(images["fit"], labels["fit"], model, torch.optim.Adam(model.parameters(), lr=1e-3))
     model.eval()
     with torch.no_grad():
@@ -159,7 +186,7 @@ def bare_client(dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Row 5: client.py itself, with the seconds of each fit and evaluate.
+# whole: client.py itself, with the seconds of each fit and evaluate.
 
 
 def timed_client(*args):
@@ -184,7 +211,7 @@ def timed_client(*args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Row 6: writing images.
+# images: writing images.
 
 
 def save_arrays(archive, folder):
@@ -237,7 +264,7 @@ def draw_archive(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Row 7: memory of N results and their aggregation.
+# memory: that of N results and their aggregation.
 
 
 def aggregation_memory(num_clients, pairs):
@@ -246,10 +273,10 @@ def aggregation_memory(num_clients, pairs):
     from flwr.server import strategy
 
     import strategies
-    from nets import Net, get_arrays
+    from nets import build_net, get_arrays
 
     torch.manual_seed(0)
-    model = Net(3, 10)
+    model = build_net(NET, 3, 10)
     arrays = get_arrays(model)
     metrics = dict.fromkeys(strategies.FIT_METRICS, 0.5)
     (CKPS / "bench").mkdir(parents=True, exist_ok=True)
@@ -290,9 +317,9 @@ def aggregation_memory(num_clients, pairs):
 
 def parameter_bytes():
     """Bytes of the parameters and buffers of the net that the suite trains."""
-    from nets import Net, get_arrays
+    from nets import build_net, get_arrays
 
-    return {"bytes": sum(array.nbytes for array in get_arrays(Net(3, 10)))}
+    return {"bytes": sum(array.nbytes for array in get_arrays(build_net(NET, 3, 10)))}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, write_images
+from helpers import ROOT, write_images
 
 import client
 import partition

@@ -4,9 +4,9 @@ import signal
 
 import pandas as pd
 import pytest
-from test_faults import history, lines, new_suite, ordered_client, play, start_patched
+from helpers import history, lines, new_suite, ordered_client, play, start_patched
 
-QUICK = "script.BUSY, script.HEARTBEAT = 1, 2"  # seconds
+QUICK = "import registry; registry.BUSY, registry.HEARTBEAT = 1, 2"  # seconds
 
 
 @pytest.fixture
@@ -64,20 +64,9 @@ def test_frozen_device_is_replaced(boards):
 def test_client_that_finds_its_way_back_replaces_its_own_connection_at_once(boards):
     """Its old connection still seems to be open and busy: both are of one process, so there is nothing to find out."""
     laptop, one, _ = boards
-    server = start_patched(
-        laptop, "server", "script.BUSY = script.HEARTBEAT = 10**6", "--num_clients", 1, "--num_rounds", 2
-    )
-    patch = (
-        "real = script.serve\n"
-        "def serve(client, *args):\n"
-        "    import threading\n"
-        "    threading.Thread(target=real, args=(client, *args), daemon=True).start()\n"  # never ended
-        "    time.sleep(1)\n"
-        "    script.serve = real\n"
-        "    return 'lost it'\n"
-        "script.serve = serve\n"
-    )
-    client = ordered_client(one, 0, patch=patch)
+    never = "import registry; registry.BUSY = registry.HEARTBEAT = 10**6"
+    server = start_patched(laptop, "server", never, "--num_clients", 1, "--num_rounds", 2)
+    client = ordered_client(one, 0, "--twice")
     client.wait_for("fit of round 1", timeout=120)
     server.wait_for("cid 0 is back")
     (one.root / "orders" / "free").touch()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_images
+from helpers import write_images
 
 from data import describe_dataset, load_shard, load_test
 

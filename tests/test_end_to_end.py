@@ -1,15 +1,14 @@
 """Partition, server and three clients as real processes, on real images, and what they leave."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import Suite, wandb_folders, wandb_history
 
 COLUMNS = (
     "round fit_loss fit_accuracy eval_loss eval_accuracy global_eval_loss global_eval_accuracy "
@@ -20,8 +19,6 @@ COLUMNS = (
 @pytest.fixture(scope="module")
 def trained(cifar10, tmp_path_factory):
     """A suite in which three clients have trained for three rounds on 3,000 images of CIFAR-10."""
-    from conftest import Suite
-
     suite = Suite(tmp_path_factory.mktemp("end_to_end"))
     subprocess.run([sys.executable, cifar10 / "build_archive", suite.root, "300"], check=True, timeout=60)
     suite.partition("--source", suite.root / "cifar-10-python.tar.gz", "--num_clients", 3)
@@ -70,11 +67,8 @@ def test_best_checkpoint_is_of_the_best_round(trained):
 
 
 def test_wandb_has_the_same_curves(trained):
-    (folder,) = (trained.root / "wandb").glob("offline-run-*")
-    wandb = str(Path(sys.executable).with_name("wandb"))
-    printed = subprocess.run([wandb, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in printed.stdout.splitlines()]
-    steps = pd.DataFrame([record["history"]["item"] for record in records if record["type"] == "history"])
+    (folder,) = wandb_folders(trained)
+    steps = pd.DataFrame(wandb_history(folder))
     history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
     assert list(steps["_step"]) == [1, 2, 3]
     for name in COLUMNS[1:]:

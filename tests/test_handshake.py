@@ -14,7 +14,7 @@ import threading
 import pandas as pd
 import psutil
 import pytest
-from test_faults import lines, new_suite, start_patched
+from helpers import lines, new_suite, start_patched
 
 NO_SUCH_NET = "script.NETS.clear()"
 OTHER_SHAPES = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import server
+import registry
 
 TASK = {
     "dataset": "Tiny",
@@ -28,7 +28,7 @@ READY = {
 
 def decide(who, ready, task=TASK):
     """What the handshake returns for a client that answers so, and the questions that it was asked."""
-    questions, rules = [], server.handshake(4, task)
+    questions, rules = [], registry.handshake(4, task)
     try:
         questions.append(next(rules))
         questions.append(rules.send(who))
@@ -82,7 +82,7 @@ def test_server_without_an_id_takes_any_cut():
 def test_client_that_does_not_fit_is_turned_away(change, reason):
     who = {name: change.get(name, value) for name, value in WHO.items()}
     ready = {**READY, **{name: value for name, value in change.items() if name not in WHO}}
-    with pytest.raises(server.TurnedAway, match=reason) as turned_away:
+    with pytest.raises(registry.TurnedAway, match=reason) as turned_away:
         decide(who, ready)
     assert turned_away.value.cid == str(who["cid"])
 

@@ -8,7 +8,7 @@ from libs import UserError, decode_image, prepare_image
 import cv2
 import numpy as np
 import pytest
-from conftest import images
+from helpers import images
 from PIL import Image, ImageOps
 
 RGB = Image.fromarray(np.random.RandomState(0).randint(0, 256, (5, 7, 3)).astype(np.uint8)).resize((40, 30), 3)

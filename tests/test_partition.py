@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Suite, free_port, images, shards, tree
+from helpers import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import partition
 from nets import LeNet5, save_checkpoint
@@ -16,11 +16,13 @@ from nets import LeNet5, save_checkpoint
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_figures_are_those_that_were_measured(monkeypatch):
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_figures_are_those_that_were_measured(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import report
 
-    assert report.render(README) == README
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert report.render(text, ROOT / name) == text
 
 
 def test_flags_exist():
@@ -36,8 +38,10 @@ def test_files_and_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^ {4}|`)make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for path in re.findall(r"\(((?:benchmarks|docs)/[\w./-]+)\)", README):
+    for path, anchor in re.findall(r"\(((?:benchmarks|docs)/[\w./-]+)(?:#([\w-]+))?\)", README):
         assert (ROOT / path).exists(), path
+        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
 
 
 def test_five_lines_use_a_trained_model(tiny):

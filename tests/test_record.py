@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_faults import start_patched
+from helpers import start_patched
 
 from nets import LeNet5, get_arrays, save_checkpoint
 from record import FILES, Record, logged_steps, move_aside, resume

@@ -10,62 +10,10 @@ import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
-from conftest import Process
-from test_faults import ends, lines, new_suite, ordered, patched, play
+from helpers import Network, Process, ends, history, lines, new_suite, ordered, patched, play, wait_until
 
 HEARTBEAT, SILENCE, ROUND_TIMEOUT, KEEPALIVE = 1, 5, 8, 6  # seconds
-
-
-class Network:
-    """Two namespaces, `server` and `clients`, with a cable between them."""
-
-    address = "10.254.0.1"
-
-    def __init__(self):
-        self.server, self.clients = f"fl-server-{os.getpid()}", f"fl-clients-{os.getpid()}"
-
-    def open(self):
-        for namespace in (self.server, self.clients):
-            self.ip("netns", "add", namespace)
-            self.ip("-n", namespace, "link", "set", "lo", "up")
-        self.ip("-n", self.server, "link", "add", "cable", "type", "veth", "peer", "cable", "netns", self.clients)
-        for namespace, address in ((self.server, self.address), (self.clients, "10.254.0.2")):
-            self.ip("-n", namespace, "address", "add", f"{address}/30", "dev", "cable")
-            self.ip("-n", namespace, "link", "set", "cable", "up")
-
-    def close(self):
-        for namespace in (self.server, self.clients):
-            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
-
-    def ip(self, *args):
-        subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
-
-    def cut(self):
-        self.ip("-n", self.server, "link", "set", "cable", "down")
-
-    def mend(self):
-        self.ip("-n", self.server, "link", "set", "cable", "up")
-        return time.monotonic()
-
-    def slow_down(self, rate):
-        """Let what clients send take its time."""
-        subprocess.run(
-            ["ip", "netns", "exec", self.clients, "tc", "qdisc", "add", "dev", "cable", "root"]
-            + ["tbf", "rate", rate, "burst", "16kb", "latency", "30s"],
-            check=True,
-            capture_output=True,
-        )
-
-    def speed_up(self):
-        command = ["ip", "netns", "exec", self.clients, "tc", "qdisc", "delete", "dev", "cable", "root"]
-        subprocess.run(command, check=True)
-
-    def sent(self):
-        """Bytes that clients have put on the cable."""
-        command = ["ip", "netns", "exec", self.clients, "cat", "/sys/class/net/cable/statistics/tx_bytes"]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +30,6 @@ def network():
     network.close()
 
 
-def wait_until(what, condition, timeout=90):
-    """Wait until `condition()` is true; the seconds that it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout, f"{what}: not within {timeout} s"
-        time.sleep(0.05)
-    return time.monotonic() - started
-
-
 @pytest.fixture(scope="module")
 def cut(network, tmp_path_factory, three_shards):
     """Three rounds of two clients over a cable that is cut three times, and what was seen of it."""
@@ -104,9 +43,8 @@ def cut(network, tmp_path_factory, three_shards):
         return process
 
     def start_client(cid):
-        patch = ordered(suite) + f"script.SILENCE = {SILENCE}"
-        arguments = ("--server_address", network.address, "--num_threads", 1, "--cid", cid)
-        return start(network.clients, *patched(suite, "client", patch), *arguments)
+        arguments = ordered(suite, cid, "--server_address", network.address, "--silence", SILENCE)
+        return start(network.clients, *arguments)
 
     def joined(cid):
         return len(lines(server, f"cid {cid} joined")) + len(lines(server, f"cid {cid} is back"))
@@ -121,7 +59,7 @@ def cut(network, tmp_path_factory, three_shards):
 
     try:
         rounds = ("--num_clients", 2, "--num_rounds", 3, "--round_timeout", ROUND_TIMEOUT)
-        arguments = (*patched(suite, "server", f"script.HEARTBEAT = {HEARTBEAT}"), *rounds)
+        arguments = (*patched(suite, "server", f"import registry; registry.HEARTBEAT = {HEARTBEAT}"), *rounds)
         server = start(network.server, *arguments, "--server_address", network.address)
         first = start_client(0)
         wait_until("client 0 has joined", lambda: joined(0) == 1)
@@ -196,7 +134,7 @@ def test_cable_was_cut_while_results_were_on_it(cut):
 
 def test_training_is_complete_in_spite_of_it(cut):
     assert cut["exits"] == [0, 0, 0] and cut["server"].err == ""
-    rows = pd.read_csv(cut["suite"].ckps("Tiny") / "history.csv")
+    rows = history(cut["suite"])
     assert list(rows["round"]) == [1, 2, 3] and list(rows["clients"]) == [2, 2, 2]
     assert list(rows["failures"]) == [2, 2, 0]
 
@@ -204,17 +142,26 @@ def test_training_is_complete_in_spite_of_it(cut):
 @pytest.fixture
 def vanished(network, tmp_path, three_shards):
     """A client trains for longer than KEEPALIVE, honestly; then its board vanishes in the midst of a fit."""
-    suite, keepalive = new_suite(tmp_path, three_shards), f"import libs; libs.KEEPALIVE = {KEEPALIVE}\n"
+    suite = new_suite(tmp_path, three_shards)
 
-    def start(namespace, name, patch, *args):
-        arguments = map(str, (*patched(suite, name, keepalive + patch), *args, "--server_address", network.address))
-        command = ["ip", "netns", "exec", namespace, sys.executable, *arguments]
+    def start(namespace, *args):
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            namespace,
+            sys.executable,
+            *map(str, args),
+            "--server_address",
+            network.address,
+        ]
         suite.processes.append(Process(command, suite.root / f"process_{len(suite.processes)}", suite.env, "/"))
         return suite.processes[-1]
 
     try:
-        server = start(network.server, "server", "", "--num_clients", 1, "--num_rounds", 3)
-        client = start(network.clients, "client", ordered(suite, max_delay=1), "--num_threads", 1, "--cid", 0)
+        short = f"import libs; libs.KEEPALIVE = {KEEPALIVE}"
+        server = start(network.server, *patched(suite, "server", short), "--num_clients", 1, "--num_rounds", 3)
+        client = start(network.clients, *ordered(suite, 0, "--max_delay", 1, "--keepalive", KEEPALIVE))
         client.wait_for("fit of round 1", timeout=120)
         time.sleep(2.5 * KEEPALIVE)
         play(suite, 1, {0: ""})
@@ -228,7 +175,7 @@ def vanished(network, tmp_path, three_shards):
         server.wait_for("cid 0 joined", count=2)
         (suite.root / "orders" / "free").touch()
         codes = [server.wait(), client.wait()]
-        rows = list(pd.read_csv(suite.ckps("Tiny") / "history.csv")["round"])
+        rows = list(history(suite)["round"])
         yield {"honest": honest, "seconds": seconds, "codes": codes, "rows": rows}
     finally:
         suite.close()
@@ -243,8 +190,8 @@ def test_board_that_vanishes_in_the_midst_of_a_fit_is_noticed_though_an_honest_f
 def test_promised_times():
     """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
     import client
-    import server
+    import registry
 
     assert client.SILENCE <= 120 and client.MAX_DELAY + client.PROBE_TIMEOUT <= 30
-    assert 2 * server.HEARTBEAT <= client.SILENCE
-    assert server.KEEPALIVE <= 45  # for a board that vanishes while it trains
+    assert 2 * registry.HEARTBEAT <= client.SILENCE
+    assert registry.KEEPALIVE <= 45  # for a board that vanishes while it trains

@@ -16,7 +16,7 @@ from libs import UserError
 import cv2
 import numpy as np
 import pytest
-from conftest import images, tree
+from helpers import images, tree
 
 
 def png(value):

@@ -6,8 +6,7 @@ import signal
 
 import pandas as pd
 import pytest
-from conftest import Suite
-from test_faults import lines, patched
+from helpers import Suite, lines, patched
 
 CUT = ("--dataset", "Tiny", "--num_clients", 2)
 

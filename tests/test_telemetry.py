@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_faults import lines, start_patched
+from helpers import lines, start_patched
 
 import client
 import server

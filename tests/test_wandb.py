@@ -18,8 +18,8 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import Suite, free_port
-from test_faults import start_patched
+from helpers import Suite, free_port, history, start_patched
+from helpers import wandb_history as inspect
 from test_record import KILL, ROUND_3
 
 KEY = "0123456789abcdef" * 3  # the one key that the server knows
@@ -224,17 +224,6 @@ def start_training(suite, num_rounds, *args):
 
 def start_clients(suite):
     return [suite.client(cid, "--dataset", "Tiny") for cid in range(2)]
-
-
-def history(suite):
-    return pd.read_csv(suite.ckps("Tiny") / "history.csv")
-
-
-def inspect(folder):
-    """The steps in a folder that wandb wrote, read by wandb's own reader."""
-    printed = subprocess.run([WANDB, "leet", "inspect", "--json", folder], capture_output=True, text=True, timeout=60)
-    records = map(json.loads, printed.stdout.splitlines())
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def folder_to_send(process):
