@@ -29,7 +29,7 @@ NET = ("LeNet5", 3, 10)  # name, channels, classes
 
 
 def make_task():
-    """What server and clients must have in common (server.handshake)."""
+    """What server and clients must have in common (registry.handshake)."""
     task = {"dataset": "bench", "dataset_id": None, "net": NET[0], "channels": NET[1], "num_classes": NET[2]}
     return {**task, "fingerprint": fingerprint(build_net(*NET)), "trial": trial(build_net(*NET))}
 
