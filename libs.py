@@ -27,7 +27,11 @@ def __getattr__(name):
     """Import what not every script needs when it is asked for: torch takes a second and 200 MB, pandas 33 MB."""
     if name not in LATER:
         raise AttributeError(f"libs has no {name}")
-    return importlib.import_module(LATER[name])
+    try:
+        return importlib.import_module(LATER[name])
+    except ModuleNotFoundError as error:
+        package = {"cv2": "opencv-python-headless"}.get(error.name, error.name)
+        raise UserError(f"{error.name} is missing here: {sys.executable} -m pip install {package}") from None
 
 
 ROOT = Path(__file__).resolve().parent
