@@ -38,7 +38,7 @@ esac
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || fail "there is no $python: sudo apt-get install python3 python3-venv"
 look='import struct, sys
-print(struct.calcsize("P") * 8, sys.version_info >= (3, 8), "%d.%d.%d" % sys.version_info[:3])
+print("%d %s %d.%d.%d" % ((struct.calcsize("P") * 8, sys.version_info >= (3, 8)) + sys.version_info[:3]))
 print(getattr(sys, "_base_executable", sys.executable))' # the Python below an environment that is active
 facts=$("$python" -c "$look" 2>/dev/null)
 { read -r bits new version && read -r below; } <<<"$facts" || fail "$python does not run"

@@ -151,7 +151,7 @@ def test_the_end_says_which_failed_and_why(shelf, suite):
     [
         ((" cid=1", " cid=0"), "cid 0 is given to pi0 and pi1"),
         ((" cid=1", ""), "no cid: give each device one in the inventory"),
-        (("dataset=Tiny", ""), "the inventory needs dataset and server_address"),
+        (("server_address=", "# "), "no server_address: say in the inventory how the devices reach the server"),
     ],
 )
 def test_inventories_that_cannot_be_meant(shelf, suite, change, words):

@@ -19,7 +19,7 @@ SCP = '#!/bin/sh\ncp "/mnt/laptop/${1#*:}" "$2"\n'
 
 def readme_steps(cid, port):
     """The lines that the README gives for one board by hand, for this test's dataset, cid and port."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The shelf")[1].split("\n### ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### 2. The shelf\n")[1].split("\n### ")[0]
     block = next(block for block in re.findall(r"(?:^ {4}.*\n)+", section, re.MULTILINE) if "setup_device.sh" in block)
     steps = re.sub(r"^ {4}", "", block, flags=re.MULTILINE).replace("<this repository>", "laptop")
     for written, here in (("LAPTOP_IP", "127.0.0.1"), ("CIFAR10", "Tiny"), ("client_3", f"client_{cid}")):

@@ -36,7 +36,7 @@ def emulate_arm64():
         pytest.skip("needs binfmt_misc, which this kernel does not have")
     if not (BINFMT / "qemu-aarch64").exists():
         line = Path("/usr/lib/binfmt.d/qemu-aarch64.conf").read_text().strip()
-        (BINFMT / "register").write_text(line.rsplit(":", 1)[0] + ":OCF")
+        (BINFMT / "register").write_text(line.rsplit(":", 2)[0] + ":/usr/bin/qemu-aarch64-static:OCF")
 
 
 def fetch(name, command):
