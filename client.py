@@ -7,29 +7,50 @@ and metrics, never an image. Reconnects by itself; ends with exit code 0 when th
 """
 
 import contextlib
-import functools
 import hashlib
-import hmac
 import os
+import queue
 import random
+import re
 import secrets
-import signal
 import socket
 import ssl
-import stat
 import threading
 import time
 import traceback
 from pathlib import Path
 
-from libs import CKPS, DATASETS, UserError, claim, new_parser, number, quiet_flower, run_script, say, torch
+from libs import (
+    CKPS,
+    DATASETS,
+    UserError,
+    atomic_write,
+    join_address,
+    lock_file,
+    new_parser,
+    np,
+    number,
+    on_signal,
+    plain_args,
+    prove,
+    quiet_flower,
+    read_secret,
+    run_script,
+    say,
+    split_address,
+    tcp_sockets,
+    torch,
+)
 
 import grpc
-from flwr.client import NumPyClient, start_client
+from flwr.client import NumPyClient
+from flwr.common import serde
+from flwr.proto.transport_pb2 import ClientMessage, Reason
+from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
+from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import Net, fingerprint, get_arrays, set_arrays
+from nets import NETS, build_net, fingerprint, get_arrays, set_arrays, trial
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -39,7 +60,7 @@ PROBE_TIMEOUT = 5  # seconds
 def parse_args():
     parser = new_parser(__doc__)
     parser.add_argument("--server_address", default="127.0.0.1", help="name or IP address of the server")
-    parser.add_argument("--server_port", type=number(int, 1, 65535), default=8080, help="its port")
+    parser.add_argument("--server_port", type=number(int, 1, 65535), help="its port (default: 8080)")
     parser.add_argument("--cid", type=number(int, 0), required=True, help="which shard: clients/client_<cid>.csv")
     parser.add_argument("--device", default="auto", help="where to train: cpu, cuda, …; auto takes CUDA if it can")
     parser.add_argument("--num_threads", type=number(int, 1), help="CPU threads to train with (default: all)")
@@ -49,81 +70,67 @@ def parse_args():
     parser.add_argument("--secret_file", type=Path, help="file with the secret that the server knows too")
     parser.add_argument("--root_certificate", type=Path, help="the server's ca.pem; makes the connection TLS")
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
-    return parser.parse_args()
-
-
-def plain_args(args):
-    """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def read_secret(path):
-    """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
-    if path is None:
-        return None
-    try:
-        if path.stat().st_mode & 0o077:
-            raise UserError(f"secret file {path} can be read by others: chmod 600 {path}")
-        secret = path.read_bytes().strip()
-    except OSError as error:
-        raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None
-    if not secret:
-        raise UserError(f"secret file {path} is empty")
-    return secret
-
-
-def prove(secret, nonce, cid):
-    """The answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
-    return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
-
-
-def answers(method):
-    """Marks the methods that answer the server, to note when it was heard last; while they work nothing is expected."""
-
-    @functools.wraps(method)
-    def answer(self, *args, **kwargs):
-        self.heard, self.listening = True, False
-        for signum, handler in self.handlers.items():  # an older Flower has put its own there
-            signal.signal(signum, handler)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.last_heard, self.listening = time.monotonic(), True
-
-    return answer
+    args = parser.parse_args()
+    args.server_address, args.server_port = split_address(args.server_address, args.server_port)
+    return args
 
 
 class Client(NumPyClient):
     """Flower's client for one shard: trains and evaluates `model` on loaders["fit"] and loaders["eval"].
 
-    `properties` is what the server asks for at the start (server.Registry), `about` what describes the checkpoints that
-    go to `save_ckp_path` (nets.save_checkpoint); `secret` is bytes or None.
+    `properties` says who this is (server.handshake), `about` describes the checkpoints that go to `save_ckp_path`
+    (nets.save_checkpoint); `secret` is bytes or None. The server says which net to train, on which cut of the data:
+    `load(image_size)` reads anew what lies on the disk by then (data.load_shard).
     """
 
-    def __init__(self, model, loaders, device="cpu", save_ckp_path=None, properties=None, about=None, secret=None):
-        self.model, self.loaders, self.device = model.to(device), loaders, device
+    def __init__(
+        self, model, loaders, device="cpu", save_ckp_path=None, properties=None, about=None, secret=None, load=None
+    ):
+        self.model, self.loaders, self.device = model, loaders, device
         self.save_ckp_path, self.about, self.secret = save_ckp_path, about or {}, secret
-        self.properties = {
-            "net": type(model).__name__,
-            "fingerprint": fingerprint(model),
-            "num_fit": len(loaders["fit"].dataset),
-            "num_eval": len(loaders["eval"].dataset),
-            **(properties or {}),
-        }
-        self.handlers = {}  # the signal handlers to keep
+        self.properties, self.load = properties or {}, load
         self.notice = {}  # what the server said before it sends us away
         self.heard = False  # whether the server has asked anything yet on this connection
-        self.listening, self.last_heard = False, 0.0  # whether it is the server's turn, and since when
+        self.listening = None  # since when it is the server's turn; None while we work
 
-    @answers
     def get_properties(self, config):
-        """Who this is. Also takes the server's notices: "turned_away" or "stopped", each with its reason."""
+        """Answer what the server asks besides training: who this is ("nonce"), and to make ready ("net").
+
+        Also takes its notices, "turned_away" or "stopped", each with its reason.
+        """
         self.notice = {name: config[name] for name in ("turned_away", "stopped") if name in config}
+        if "net" in config:
+            return self.make_ready(config["net"], config.get("dataset_id"))
         if "nonce" in config:
             say("connected to the server")
-        if "nonce" in config and self.secret is not None:
-            return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
+            if self.secret is not None:
+                return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
         return self.properties
+
+    def make_ready(self, net, dataset_id):
+        """Build `net`, for the cut `dataset_id` of the data (None: any): what the server has to know of the two."""
+        answer = {"error": f"its nets.py has no net {net}"}
+        if net in NETS:
+            answer = {}
+            size = tuple(self.loaders["fit"].dataset.images.shape[2:])
+            if dataset_id not in (None, self.about["dataset_id"]) or size != NETS[net].image_size:
+                try:
+                    self.loaders, info = self.load(NETS[net].image_size)
+                    self.about.update(describe_in_checkpoint(info))
+                    say(f"the shard was read anew: {sizes(self.loaders)} images")
+                except UserError as error:
+                    answer["error"] = str(error)
+            self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
+            answer.update(fingerprint=fingerprint(self.model), trial=trial(self.model).tobytes())
+            self.model.to(self.device)  # the parameters to start from come with the first fit
+        return {
+            **answer,
+            "channels": self.loaders["fit"].dataset.images.shape[1],
+            "num_classes": len(self.about["classes"]),
+            "dataset_id": self.about["dataset_id"] or "",
+            "num_fit": len(self.loaders["fit"].dataset),
+            "num_eval": len(self.loaders["eval"].dataset),
+        }
 
     def get_parameters(self, config):
         """The parameters and buffers of the local model, a list of arrays in the order of its state dict."""
@@ -133,23 +140,26 @@ class Client(NumPyClient):
         """Put such a list into the local model. Raises ValueError where number or shapes differ."""
         set_arrays(self.model, parameters)
 
-    @answers
     def fit(self, parameters, config):
-        """Train from `parameters` for config["num_epochs"] with config["lr"].
+        """Train from `parameters` with the hyper-parameters in `config`: all of it but "round" and "num_rounds".
 
         Returns (parameters, number of fit images, metrics of engines.client_fit_fn), or ([], 0, {"error": reason}).
         """
         try:
             started = time.monotonic()
             self.set_parameters(parameters)
+            hyper_parameters = {name: config[name] for name in config if name not in ("round", "num_rounds")}
+            current = config.get("round")
+            if "seed" in config:  # another one in each round and on each device
+                sequence = np.random.SeedSequence([config["seed"], current, self.properties["cid"]])
+                hyper_parameters["seed"] = int(sequence.generate_state(1)[0])
             metrics = client_fit_fn(
                 self.loaders,
                 self.model,
-                config.get("num_epochs", 1),
-                self.device,
-                self.save_ckp_path,
-                lr=config.get("lr", 1e-3),
-                about={**self.about, "round": config.get("round")},
+                device=self.device,
+                save_ckp_path=self.save_ckp_path,
+                about={**self.about, "round": current},
+                **hyper_parameters,
             )
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
@@ -159,7 +169,6 @@ class Client(NumPyClient):
             traceback.print_exc()
             return [], 0, {"error": f"{type(error).__name__}: {error}"}
 
-    @answers
     def evaluate(self, parameters, config):
         """Measure the global model `parameters` on the eval images.
 
@@ -232,12 +241,9 @@ def hang_up(port):
     gRPC, asked to close a channel, would wait until what it still has to send is gone: on a dead link a quarter of an
     hour at worst.
     """
-    for fd in map(int, os.listdir("/proc/self/fd")):
+    for sock in tcp_sockets(port, far=True):
         with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.socket(fileno=os.dup(fd)) as sock:
-                    if sock.getpeername()[1:2] == (port,):
-                        sock.shutdown(socket.SHUT_RDWR)
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def watch_silence(client, port):
@@ -247,41 +253,69 @@ def watch_silence(client, port):
     """
     while True:
         time.sleep(1)
-        if client.listening and time.monotonic() - client.last_heard >= SILENCE:
+        since = client.listening
+        if since is not None and time.monotonic() - since >= SILENCE:
             hang_up(port)
+
+
+def answer(flower_client, message):
+    """The client's answer to one message of the server, both as Flower puts them on the wire."""
+    kind = message.WhichOneof("msg")  # "fit_ins", say
+    if kind == "reconnect_ins":
+        return ClientMessage(disconnect_res=ClientMessage.DisconnectRes(reason=Reason.ACK))
+    name = kind[: -len("_ins")]
+    res = getattr(flower_client, name)(getattr(serde, f"{kind}_from_proto")(getattr(message, kind)))
+    return ClientMessage(**{f"{name}_res": getattr(serde, f"{name}_res_to_proto")(res)})
+
+
+def serve(client, host, port, certificate):
+    """Answer the server over one connection until that ends: None where training is over, else what ended it, as text.
+
+    Raises UserError where the server turns this client away. (In place of Flower's start_client, which is deprecated,
+    leaves a thread behind for each connection that is lost (grpc 21995), and with flwr 1.11 takes the signals.)
+    """
+    address, flower_client, answers, over = join_address(host, port), client.to_client(), queue.SimpleQueue(), False
+    options = [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.enable_http_proxy", 0),  # straight to the server, as the probe goes, whatever proxy is set for the web
+    ]
+    target = address.replace("%", "%25")  # gRPC takes it for a URI
+    if certificate is None:
+        channel = grpc.insecure_channel(target, options)
+    else:
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(certificate), options)
+    problem = f"lost the server at {address}"
+    client.notice, client.heard, client.listening = {}, False, time.monotonic()
+    try:
+        for message in FlowerServiceStub(channel).Join(iter(answers.get, None)):
+            client.heard, client.listening = True, None
+            answers.put(answer(flower_client, message))
+            over = message.HasField("reconnect_ins")
+            client.listening = time.monotonic()
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            problem = "the server did not wait for us any longer"
+        elif client.listening is not None and time.monotonic() - client.listening >= SILENCE:
+            problem = f"nothing heard from the server for {SILENCE} s"
+    finally:
+        client.listening = None
+        answers.put(None)  # ends the thread in which gRPC waits for our answers
+        channel.close()
+    if "turned_away" in client.notice:
+        raise UserError(f"the server turned this client away: {client.notice['turned_away']}")
+    return client.notice.get("stopped", None if over else problem)
 
 
 def stay_connected(client, host, port, root_certificate, max_wait_time):
     """Serve the server until it says that training is over, through every loss of it. Returns the exit code."""
-    client.handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    threading.Thread(target=watch_silence, args=(client, port), daemon=True).start()
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    os.environ["no_grpc_proxy"] = host  # straight to the server, as the probe goes, whatever proxy is set for the web
+    threading.Thread(target=watch_silence, args=(client, port), name="silence", daemon=True).start()
     certificate = root_certificate.read_bytes() if root_certificate is not None else None
     last_seen, tries, said = time.monotonic(), 0, None
     while True:
         problem = probe(host, port, root_certificate)
         if problem is None:
-            client.heard, client.notice = False, {}
-            client.last_heard, client.listening = time.monotonic(), True
-            try:
-                start_client(
-                    server_address=address,
-                    client=client.to_client(),
-                    root_certificates=certificate,
-                    insecure=certificate is None,
-                )
-                problem = client.notice.get("stopped")
-            except (grpc.RpcError, StopIteration) as error:  # the latter: it closed the connection in good order
-                problem = f"lost the server at {address}"
-                if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                    problem = "the server did not wait for us any longer"
-                elif time.monotonic() - client.last_heard >= SILENCE:
-                    problem = f"nothing heard from the server for {SILENCE} s"
-                problem = client.notice.get("stopped", problem)
-            client.listening = False
-            if "turned_away" in client.notice:
-                raise UserError(f"the server turned this client away: {client.notice['turned_away']}")
+            problem = serve(client, host, port, certificate)
             if problem is None:
                 say("training is over")
                 return 0
@@ -299,6 +333,10 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
         tries = min(tries + 1, 10)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be there before the first connection.
+
+
 def choose_device(name):
     """The torch device for `--device`. Raises UserError where there is none of that name here."""
     if name == "auto":
@@ -311,45 +349,56 @@ def choose_device(name):
     return device
 
 
-def claim_cid(cid, folder):
-    """Be the one process for `cid` on this device: (the open file that holds the claim, the device's random id).
+def board_id():
+    """What the board, or else the system on it, calls itself (bytes), or b"" where neither says.
 
-    The id lasts: by it the server knows the device again, after a cut or a reboot.
+    So that the copy of an SD card in another board is another device. (Copies share /etc/machine-id where it was not
+    emptied first; the server tells these apart by their both being alive.)
     """
+    for path in ("/proc/device-tree/serial-number", "/etc/machine-id"):
+        with contextlib.suppress(OSError):
+            name = Path(path).read_bytes().strip(b"\0 \n")
+            if name.strip(b"0"):
+                return name
+    return b""
+
+
+def device_id(path):
+    """The id by which the server knows this device again after a cut or a reboot (32 hex digits).
+
+    Made of a random one in the file `path`, which is written where it is missing or damaged, and of the board's own.
+    Where it cannot be written, as on a full card, it is made of the board's alone.
+    """
+    stored = b""
+    with contextlib.suppress(OSError):
+        stored = path.read_bytes().strip()
+    if re.fullmatch(rb"[0-9a-f]{32}", stored) is None:
+        stored = secrets.token_hex(16).encode()
+        try:
+            with atomic_write(path) as part:
+                part.write_bytes(stored)
+        except OSError as error:
+            say(f"cannot write {path} ({error.strerror}); training does without")
+            stored = b""
+    return hashlib.sha256(stored + board_id()).hexdigest()[:32]
+
+
+def lock_cid(cid, folder):
+    """Be the one process for `cid` on this device: the lock, to be kept, or None where the disk takes none."""
     try:
-        file = claim(folder / f"client_{cid}.id")
-    except OSError as error:
+        lock = lock_file(folder / f"client_{cid}.lock")
+    except PermissionError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    if file is None:
+    except OSError as error:  # a full card, or one that has turned read-only
+        say(f"cannot write to {folder} ({error.strerror}); training does without")
+        return None
+    if lock is None:
         raise UserError(f"a client with --cid {cid} is running on this device already")
-    file.seek(0)
-    device_id = file.read().strip()
-    if len(device_id) != 32:
-        device_id = secrets.token_hex(16)
-        file.truncate(0)
-        file.write(device_id)
-        file.flush()
-        os.fsync(file.fileno())
-    return file, device_id
+    return lock
 
 
-def load_shard(dataset, cid, device):
-    """The loaders for one shard, {"fit": …, "eval": …}, and what is known of the dataset (data.describe_dataset)."""
-    folder = DATASETS / dataset
-    info = describe_dataset(dataset, folder)
-    path = folder / "clients" / f"client_{cid}.csv"
-    if not path.exists():
-        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
-        cids = sorted(int(name) for name in names if name.isdecimal())
-        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
-    table = read_table(path, len(info["classes"]), ("fit", "eval"))
-    loaders = {}
-    for phase, batch_size in (("fit", 32), ("eval", 64)):
-        shard = ImageDataset(table[table["phase"] == phase], folder / "train").to(device)
-        if shard.images.shape[1] != info["channels"]:
-            raise UserError(f"images of {path} have {shard.images.shape[1]} channels, {dataset} has {info['channels']}")
-        loaders[phase] = BatchLoader(shard, batch_size, shuffle=phase == "fit")
-    return loaders, info
+def sizes(loaders):
+    return " + ".join(f"{len(loaders[phase].dataset)} {phase}" for phase in loaders)
 
 
 def main():
@@ -364,21 +413,31 @@ def main():
     device = choose_device(args.device)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    held, device_id = claim_cid(args.cid, CKPS / args.dataset)
-    with held:
-        loaders, info = load_shard(args.dataset, args.cid, device)
-        client = Client(
-            Net(info["channels"], len(info["classes"])),
-            loaders,
-            device,
-            CKPS / args.dataset / f"client_{args.cid}.ptl",
-            properties={"cid": args.cid, "dataset": args.dataset, "device_id": device_id},
-            about={"dataset": args.dataset, "classes": info["classes"], "args": plain_args(args)},
-            secret=secret,
-        )
-        sizes = " + ".join(f"{len(loaders[phase].dataset)} {phase}" for phase in loaders)
-        say(f"client {args.cid} of {args.dataset}: {sizes} images on {device}")
-        return stay_connected(client, args.server_address, args.server_port, args.root_certificate, args.max_wait_time)
+
+    def load(image_size=(32, 32)):
+        return load_shard(DATASETS / args.dataset, args.cid, device, image_size)
+
+    loaders, info = load()
+    folder = CKPS / args.dataset
+    lock = lock_cid(args.cid, folder)  # noqa: F841 (held until the process ends)
+    client = Client(
+        None,  # the net is the server's choice
+        loaders,
+        device,
+        folder / f"client_{args.cid}.ptl",
+        properties={
+            "cid": args.cid,
+            "dataset": args.dataset,
+            "device_id": device_id(folder / f"client_{args.cid}.id"),
+            "process": secrets.token_hex(8),
+        },
+        about={"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)},
+        secret=secret,
+        load=load,
+    )
+    say(f"client {args.cid} of {args.dataset}: {sizes(loaders)} images on {device}")
+    on_signal(lambda signum: os._exit(128 + signum))  # nothing has to be brought to an end
+    return stay_connected(client, args.server_address, args.server_port, args.root_certificate, args.max_wait_time)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,66 @@
 """A shard's images and labels: from CSV and .npy files into one tensor, and out of it in batches.
 
-Used by client.py for the device's own shard and by server.py for the test set.
+load_shard is for client.py and the device's own shard, load_test for server.py and the test set.
 """
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 
-from libs import UserError, np, torch
+from libs import UserError, cut_id, image_digest, np, prepare_image, table_digest, torch
 
 
 def describe_dataset(dataset, folder):
-    """What is known of a dataset: {"channels": int, "classes": [str, …]}, from `folder`/dataset.json if it is there.
+    """What is known of a dataset, from `folder`/dataset.json if it is there.
 
-    Without that file a name containing MNIST means one channel, any other three, and the classes are the ten digits.
-    Raises UserError when the folder is missing, or dataset.json is not what partition.py writes.
+    A dictionary: "channels" (int), "classes" ([str, …]); "id" of the cut, "num_clients", "image_size" ([height, width]
+    of the files), "shards" (a digest a cid), "test" (a digest), each None where dataset.json does not say; and
+    "images", what nets.predict needs to prepare an image as these were. Without the file a name containing MNIST means
+    one channel, any other three, and the classes are the ten digits. Raises UserError when the folder is missing, or
+    dataset.json is not what partition.py writes.
     """
     if not folder.is_dir():
         raise UserError(f"no dataset in {folder}: run partition.py, or unpack the device's bundle there")
     path = folder / "dataset.json"
-    info = {"channels": 1 if "MNIST" in dataset else 3, "classes": [str(digit) for digit in range(10)]}
+    info = dict.fromkeys(("id", "num_clients", "image_size", "shards", "test", "fit", "levels"))
+    info.update({"channels": 1 if "MNIST" in dataset else 3, "classes": [str(digit) for digit in range(10)]})
+    names = [name for name in info if name not in ("fit", "levels")]
     if path.exists():
         try:
             info.update(json.loads(path.read_text(encoding="utf-8")))
             assert info["channels"] in (1, 3) and info["classes"] == [str(name) for name in info["classes"]]
+            assert info["id"] is None or (isinstance(info["shards"], list) and isinstance(info["test"], str))
         except (ValueError, TypeError, AssertionError):
             raise UserError(f"{path} is damaged: run partition.py again") from None
-    return {"channels": info["channels"], "classes": info["classes"]}
+    images = {"image_size": info["image_size"], "fit": info["fit"] or "squash", "levels": info["levels"]}
+    return {**{name: info[name] for name in names}, "images": images}
+
+
+def describe_in_checkpoint(info):
+    """What a checkpoint says of the data that its net was trained on, from what describe_dataset knows of it."""
+    return {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
+
+
+def read_cells(path):
+    """The cells of a CSV as anyone may have saved it: [[str, …], …], a list a line. Raises UserError where it is none.
+
+    Takes UTF-8 and UTF-16, commas, semicolons and tabs, spaces around cells, and a first line such as "sep=;".
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"PK\x03\x04") or content.startswith(b"\xd0\xcf\x11\xe0"):
+            raise ValueError("it is a spreadsheet's own file; save it as CSV")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it is no text")
+        title = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
+        separator = max(",;\t", key=title.count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+        return [[cell.strip() for cell in line] for line in lines]
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"{path} is not a readable CSV: {error}") from None
 
 
 def read_table(path, num_classes, phases=()):
@@ -37,23 +71,23 @@ def read_table(path, num_classes, phases=()):
     phase. (Without pandas, for which a small device has no memory to spare.)
     """
     columns = ["id", "label"] + (["phase"] if phases else [])
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *lines = list(csv.reader(file, strict=True)) or [[]]
-    except (ValueError, OSError, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
+    lines = [(number, line) for number, line in enumerate(read_cells(path), start=1) if any(line)]
+    if lines and lines[0][1][0].startswith("sep="):
+        del lines[0]
+    header = [name.lower() for name in lines[0][1]] if lines else []
     for column in columns:
         if column not in header:
             raise UserError(f"{path} has no column {column}; it needs {','.join(columns)}")
-    for number, line in enumerate(lines, start=2):
+    labels, rows, seen = {str(label): label for label in range(num_classes)}, [], set()
+    for number, line in lines[1:]:
         if len(line) != len(header):
             raise UserError(f"{path}, line {number}: {len(line)} cells, not {len(header)}")
-    rows = [tuple(line[header.index(column)] for column in columns) for line in lines]
-    table = np.array(rows, [(column, object) for column in columns])
-    labels, seen = {str(label): label for label in range(num_classes)}, set()
-    for number, row in enumerate(rows, start=2):
+        # A spreadsheet may have made 3.0 of 3; what it has made 1E+05 of cannot be told.
+        row = [re.sub(r"^(\d+)[.,]0+$", r"\1", line[header.index(column)]) for column in columns]
         problem = None
-        if row[0] in seen:
+        if re.fullmatch(r"\d([.,]\d+)?E[+-]\d+", row[0]):
+            problem = f"id {row[0]} is a number that a spreadsheet has rounded: take the file as it was"
+        elif row[0] in seen:
             problem = f"id {row[0]} stands twice"
         elif row[1] not in labels:
             problem = f"label {row[1]} is not in 0..{num_classes - 1}"
@@ -62,17 +96,18 @@ def read_table(path, num_classes, phases=()):
         if problem:
             raise UserError(f"{path}, line {number}: {problem}")
         seen.add(row[0])
+        rows.append((row[0], labels[row[1]], *row[2:]))
+    table = np.array(rows, [(column, object) for column in columns])
     for phase in phases:
         if not (table["phase"] == phase).any():
             raise UserError(f"{path} has no row of phase {phase}")
     if not rows:
         raise UserError(f"{path} has no rows")
-    table["label"] = [labels[label] for label in table["label"]]
     return table
 
 
-def read_image(path, image_size):
-    """Read one .npy image: uint8 H×W or H×W×3, resized to `image_size` (height, width) where it differs."""
+def read_image(path):
+    """Read one .npy image: uint8 H×W or H×W×3. Raises UserError, naming the file, where it is anything else."""
     try:
         with open(path, "rb") as file:
             image = np.lib.format.read_array(file, allow_pickle=False)
@@ -82,10 +117,6 @@ def read_image(path, image_size):
         raise UserError(f"image {path} cannot be read: {error}") from None
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
         raise UserError(f"image {path} is {image.dtype} of shape {image.shape}, not uint8 of H×W or H×W×3")
-    if image.shape[:2] != tuple(image_size):
-        from libs import cv2  # here: 15 MB that most devices get by without
-
-        image = cv2.resize(image, (image_size[1], image_size[0]), interpolation=cv2.INTER_AREA)
     return image
 
 
@@ -93,15 +124,19 @@ class ImageDataset(torch.utils.data.Dataset):
     """The images that `df` lists, read once from `data_path`/<id>.npy and kept in memory.
 
     `df` has the columns id and label: a DataFrame, or what read_table returns. `images` is uint8 N×C×H×W and `labels`
-    int64 N, both on one device; C is 1 for grey images, else 3. An item is (float32 C×H×W in 0..1, int label). Raises
-    UserError for an image that is missing, damaged or unlike the first.
+    int64 N, both on one device; C is 1 for grey images, else 3. Images of another size than `image_size` (height,
+    width) are resized to it; `digests` are those of the files as they are. An item is (float32 C×H×W in 0..1, int
+    label). Raises UserError for an image that is missing, damaged or unlike the first.
     """
 
     def __init__(self, df, data_path, image_size=(32, 32)):
-        images = None
+        images, self.digests = None, []
         for row, image_id in enumerate(df["id"]):
             path = Path(data_path) / f"{image_id}.npy"
-            image = read_image(path, image_size)
+            image = read_image(path)
+            self.digests.append(image_digest(image))
+            if image.shape[:2] != tuple(image_size):
+                image = prepare_image(image, image_size, channels=1 if image.ndim == 2 else 3)
             if images is None:
                 images = np.empty((len(df), *image.shape), np.uint8)
             elif image.shape != images.shape[1:]:
@@ -129,17 +164,76 @@ class BatchLoader:
     """Batches of an ImageDataset, on its device: (float32 B×C×H×W in 0..1, int64 B), in a new order if `shuffle`.
 
     Cuts whole batches from the tensor in memory: a DataLoader fetches and collates image by image, which costs about
-    as much as LeNet5 does, and copies to the GPU batch by batch.
+    as much as LeNet5 does, and copies to the GPU batch by batch. A last batch of one image joins the one before it, for
+    batch norm has nothing to go by in a single example.
     """
 
     def __init__(self, dataset, batch_size, shuffle=False):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
 
     def __len__(self):
-        return -(-len(self.dataset) // self.batch_size)
+        return len(self.cuts())
+
+    def cuts(self):
+        """The sizes of the batches."""
+        whole, rest = divmod(len(self.dataset), self.batch_size)
+        sizes = [self.batch_size] * whole + [rest] * (rest > 0)
+        return sizes[:-2] + [self.batch_size + 1] if rest == 1 and whole else sizes
 
     def __iter__(self):
         images, labels = self.dataset.images, self.dataset.labels
         order = torch.randperm if self.shuffle else torch.arange
-        for indices in order(len(images), device=images.device).split(self.batch_size):
+        for indices in order(len(images), device=images.device).split(self.cuts()):
             yield images[indices].float().div_(255), labels[indices]
+
+
+def check_cut(folder, info, path, table, digests, expected, remedy):
+    """Raise UserError unless `table`, read from `path`, and its images are of the cut that dataset.json describes.
+
+    `digests` are those of the images, in the table's order; `expected` is the table's own, None in an old dataset.
+    """
+    if info["id"] is None:
+        return
+    if cut_id(info) != info["id"]:
+        raise UserError(f"{folder / 'dataset.json'} is not as partition.py wrote it: {remedy}")
+    if table_digest((map(str, row) for row in table), digests) != expected:
+        raise UserError(
+            f"{path}: its ids, labels or images are of another cut than {folder / 'dataset.json'}: {remedy}"
+        )
+
+
+def load_shard(folder, cid, device, image_size=(32, 32)):
+    """The loaders for a shard, {"fit": BatchLoader, "eval": BatchLoader}, on `device`; and describe_dataset's answer.
+
+    Raises UserError where a file is missing, damaged, or not of the cut that `folder`/dataset.json describes.
+    """
+    info = describe_dataset(folder.name, folder)
+    path = folder / "clients" / f"client_{cid}.csv"
+    if not path.exists():
+        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
+        cids = sorted(int(name) for name in names if name.isdecimal())
+        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
+    table = read_table(path, len(info["classes"]), ("fit", "eval"))
+    loaders, digests = {}, {}
+    for phase, batch_size in (("fit", 32), ("eval", 64)):
+        shard = ImageDataset(table[table["phase"] == phase], folder / "train", image_size).to(device)
+        if shard.images.shape[1] != info["channels"]:
+            raise UserError(f"images of {path} have {shard.images.shape[1]} channels, not {info['channels']}")
+        digests.update(zip(table["id"][table["phase"] == phase], shard.digests))
+        loaders[phase] = BatchLoader(shard, batch_size, shuffle=phase == "fit")
+    expected = (info["shards"] or [])[cid : cid + 1]
+    remedy = f"unpack the newest bundle of cid {cid} again"
+    check_cut(folder, info, path, table, [digests[name] for name in table["id"]], "".join(expected), remedy)
+    return loaders, info
+
+
+def load_test(folder, image_size=(32, 32)):
+    """The test set as (BatchLoader, describe_dataset's answer), on the CPU. Raises UserError as load_shard does."""
+    info = describe_dataset(folder.name, folder)
+    path = folder / "test.csv"
+    table = read_table(path, len(info["classes"]))
+    test = ImageDataset(table, folder / "test", image_size)
+    if test.images.shape[1] != info["channels"]:
+        raise UserError(f"images of {folder / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
+    check_cut(folder, info, path, table, test.digests, info["test"], "run partition.py again")
+    return BatchLoader(test, 250), info

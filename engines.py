@@ -69,15 +69,28 @@ class Adam:
 
 
 def client_fit_fn(
-    loaders, model, num_epochs=1, device="cpu", save_ckp_path=None, training_verbose=True, lr=1e-3, about=None
+    loaders,
+    model,
+    num_epochs=1,
+    device="cpu",
+    save_ckp_path=None,
+    training_verbose=True,
+    lr=1e-3,
+    seed=None,
+    about=None,
 ):
     """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
 
     Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
-    trained, and those of the trained model. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to
-    `save_ckp_path` if given; where that cannot be written it only says so, for the result does not depend on it.
-    `training_verbose` shows a bar a pass, on a terminal.
+    trained, and those of the trained model. With a `seed` the order of the images, and what is random in the net, is
+    the same each time. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to `save_ckp_path` if given;
+    where that cannot be written it only says so, for the result does not depend on it. `training_verbose` shows a bar a
+    pass, on a terminal.
+
+    The server's arguments that have the name of a parameter here travel to it with each round.
     """
+    if seed is not None:
+        torch.manual_seed(seed)
     model.to(device)
     optimizer = Adam(model.parameters(), lr)
     show = training_verbose and sys.stderr.isatty()

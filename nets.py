@@ -1,12 +1,15 @@
-"""The nets, and what can be done with the parameters of any net: take, put back, fingerprint, save, load.
+"""The nets by name, and what can be done with any of them: build, compare, save, load, predict.
 
-To train another net, write its class here and let `Net`, at the end, name it; server and clients follow. It must
-take `(in_channels, num_classes)` and images of 32×32, and keep the two numbers as attributes.
+To train another net, write its class here, add it to `NETS`, and name it by `--net` on the server; the devices follow.
+A net takes `(in_channels, num_classes)`, and images of the size that its attribute `image_size` says (height, width).
 """
 
 import hashlib
+from pathlib import Path
 
-from libs import nn, np, torch, written_whole
+from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, torch
+
+TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
 
 
 class LeNet5(nn.Module):
@@ -14,6 +17,8 @@ class LeNet5(nn.Module):
 
     Takes float32 N×in_channels×32×32 and returns logits, float32 N×num_classes.
     """
+
+    image_size = (32, 32)
 
     def __init__(self, in_channels, num_classes):
         super().__init__()
@@ -25,6 +30,23 @@ class LeNet5(nn.Module):
 
     def forward(self, images):
         return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
+
+
+NETS = {net.__name__: net for net in (LeNet5,)}  # yours goes here
+
+
+def find_net(name):
+    """The class that NETS has under `name`. Raises UserError where it has none of that name."""
+    if name not in NETS:
+        raise UserError(f"nets.py has no net {name}; it has {', '.join(NETS)}")
+    return NETS[name]
+
+
+def build_net(name, in_channels, num_classes):
+    """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none."""
+    model = find_net(name)(in_channels, num_classes)
+    model.in_channels, model.num_classes = in_channels, num_classes
+    return model
 
 
 def get_arrays(model):
@@ -49,6 +71,41 @@ def fingerprint(model):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def trial(model):
+    """What `model` computes: a float32 vector of its outputs for fixed images and parameters, which replace its own.
+
+    First the logits in eval mode, then those in train mode and the buffers that this pass leaves. A net that is random
+    in training has a single nan for these. By it two nets with the same fingerprint are told apart (same_trial) when
+    what lies between their parameters differs: an activation, a pooling, a momentum.
+    """
+    noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            values = torch.from_numpy(np.resize(noise, tuple(tensor.shape)))
+            if tensor.ndim > 1:
+                values = values / tensor[0].numel() ** 0.5  # so that the outputs stay about as large as the inputs
+            elif "running_var" in name:
+                values = values.abs().clamp(0.01)
+            tensor.copy_(values)
+    model_device = next(iter(model.state_dict().values())).device
+    shape = (4, model.in_channels, *model.image_size)
+    images = torch.from_numpy(np.resize(noise, shape)).sigmoid().to(model_device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = [model.eval()(images)]
+        trained = model.train()(images)
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        outputs += [trained, *buffers] if torch.equal(trained, model(images)) else [torch.tensor(torch.nan)]
+    return np.concatenate([output.float().cpu().numpy().ravel() for output in outputs])
+
+
+def same_trial(one, other):
+    """Whether two vectors of `trial` are the same, as far as boards and versions of torch compute the same."""
+    if one.shape != other.shape:
+        return False
+    finite = np.abs(other[np.isfinite(other)])
+    return np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, finite.max(initial=0)), equal_nan=True)
+
+
 def save_checkpoint(path, model, about=None):
     """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
 
@@ -63,7 +120,7 @@ def save_checkpoint(path, model, about=None):
         **dict.fromkeys(("classes", "dataset", "round", "metrics", "wandb_run_id", "args")),
         **(about or {}),
     }
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         with open(part, "wb") as file:  # opened here, so that a full disk is an OSError and not torch's own
             torch.save(checkpoint, file)
 
@@ -74,12 +131,33 @@ def load_checkpoint(path):
     Runs no code from the file. Raises ValueError for a net that is not in this module.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    net = globals().get(checkpoint["net"])
-    if net is None:
+    if checkpoint["net"] not in NETS:
         raise ValueError(f"its net is {checkpoint['net']}, which nets.py has not")
-    model = net(checkpoint["in_channels"], checkpoint["num_classes"])
+    model = build_net(checkpoint["net"], checkpoint["in_channels"], checkpoint["num_classes"])
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 
 
-Net = LeNet5
+def predict(model, checkpoint, image):
+    """The class that `model` sees in `image`, and the probability of each: (name, {name: 0..1}).
+
+    `model` and `checkpoint` are what load_checkpoint returns; `image` is the path of a file, or an array as
+    decode_image returns it. It is prepared as the images of the training were. Raises UserError where it cannot be.
+    """
+    if not isinstance(image, np.ndarray):
+        try:
+            image = decode_image(Path(image).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"image {image} cannot be read: {error}") from None
+    size = model.image_size
+    images = checkpoint.get("images") or {}  # an older checkpoint has none
+    first = images.get("image_size") or size, images.get("fit") or "squash", images.get("levels")
+    image = prepare_image(image, *first, channels=model.in_channels)  # as partition.py did it
+    image = prepare_image(image, size, channels=model.in_channels)  # as the device did, where the net's size is another
+    pixels = torch.from_numpy(image.reshape(1, *size, model.in_channels)).permute(0, 3, 1, 2).float().div(255)
+    training, device = model.training, next(model.parameters()).device
+    with torch.no_grad():
+        probabilities = model.eval()(pixels.to(device)).softmax(1)[0].tolist()
+    model.train(training)
+    names = checkpoint.get("classes") or [str(label) for label in range(model.num_classes)]
+    return names[int(np.argmax(probabilities))], dict(zip(names, probabilities))

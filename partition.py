@@ -4,26 +4,51 @@
     python partition.py --dataset Flowers --source flowers.zip --num_clients 4 --partition dirichlet --bundles
 
 Without --source, CIFAR10 comes from datasets/cifar-10-python.tar.gz, which is downloaded if it is not there, and
-Shapes10 is drawn here. --source takes an archive in the layout of CIFAR-10's, or a folder or zip with the images as
-train/<class>/* and test/<class>/*. What an earlier run wrote for the dataset is replaced.
+Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of CIFAR-10's, or with the images as
+train/<class>/* and test/<class>/*, or only as <class>/*. Images are brought to one size; a set of grey images alone is
+written with one channel. What an earlier run wrote for the dataset is replaced.
 """
 
+import argparse
 import hashlib
 import http.client
+import io
 import json
 import os
 import pickle
 import queue
+import re
+import shlex
 import shutil
 import sys
 import tarfile
+import tempfile
 import threading
+import unicodedata
 import urllib.request
 import zipfile
 import zlib
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from libs import DATASETS, UserError, cv2, new_parser, np, number, pd, run_script, say, tqdm
+from libs import (
+    DATASETS,
+    UserError,
+    cut_id,
+    decode_image,
+    image_digest,
+    new_parser,
+    np,
+    number,
+    prepare_image,
+    run_script,
+    say,
+    table_digest,
+    tqdm,
+)
+
+import cv2
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -31,13 +56,28 @@ START_TIMEOUT = 10  # seconds until a download must have started
 STALL_TIMEOUT = 30  # seconds that a started download may be silent
 
 
+def image_size(text):
+    """An argparse type: N or HEIGHTxWIDTH, as (height, width)."""
+    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text.lower())
+    size = match and (int(match[1]), int(match[2] or match[1]))
+    if not size or 0 in size:
+        raise argparse.ArgumentTypeError(f"{text} is not N or HEIGHTxWIDTH in pixels")
+    return size
+
+
 def parse_args():
     parser = new_parser(__doc__)
     parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of shards")
-    parser.add_argument("--source", type=Path, help="archive, zip or folder to read (default: see above)")
+    parser.add_argument("--source", type=Path, help="folder, zip or tar to read (default: see above)")
+    size_help = "size to bring images to, N or HEIGHTxWIDTH; LeNet5 takes 32"
+    parser.add_argument("--image_size", type=image_size, default="32", help=size_help)
+    fit_help = "how: squash scales both sides, whatever they are; crop first takes the middle in the right proportion"
+    parser.add_argument("--fit", choices=["squash", "crop"], default="squash", help=fit_help)
     parser.add_argument("--partition", choices=["iid", "dirichlet"], default="iid", help="equal shards, or label skew")
     positive, fraction = number(float, 0, inside=True), number(float, 0, 1, inside=True)
     parser.add_argument("--alpha", type=positive, default=0.5, help="dirichlet: the smaller, the more skewed")
+    test_help = "share of each class for the test set, where the source has none"
+    parser.add_argument("--test_fraction", type=fraction, default=0.2, help=test_help)
     parser.add_argument("--eval_fraction", type=fraction, default=0.2, help="share of each shard to evaluate on")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of every random choice")
     parser.add_argument("--bundles", action="store_true", help="also write one tar a client, with all it needs")
@@ -46,7 +86,53 @@ def parse_args():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources. Each reader returns (classes, channels, splits): splits yields ("train" or "test", number of images, images)
-# in turn, and images yields (uint8 H×W or H×W×3 in RGB order, int label).
+# in turn, and images yields (image as prepare_image takes it, int label). Channels are None where the images decide.
+
+
+def is_file(member):
+    """Whether a member of a tar is a file, or a link to one."""
+    return member.isfile() or member.islnk() or member.issym()
+
+
+def is_zip(path):
+    """Whether `path` is a zip, and not a tar that ends with one."""
+    return zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
+
+
+def list_members(source):
+    """The files of a folder, zip or tar: yields (name with forward slashes, function that opens it), of a tar in turn.
+
+    A tar's files have to be read one by one, as they are yielded. Raises UserError for a zip that is encrypted.
+    """
+    if source.is_dir():
+
+        def fail(error):
+            raise error
+
+        for folder, folders, names in os.walk(source, onerror=fail, followlinks=True):
+            here = os.path.realpath(folder) + os.sep  # a link to a folder above would lead around for ever
+            folders[:] = [
+                name for name in folders if not here.startswith(os.path.realpath(f"{folder}/{name}") + os.sep)
+            ]
+            for path in (Path(folder, name) for name in names):
+                if path.is_file() or path.is_symlink():  # no pipe or device; a broken link is a file that is missing
+                    yield path.relative_to(source).as_posix(), partial(open, path, "rb")
+    elif is_zip(source):
+        archive = zipfile.ZipFile(source)
+        if any(member.flag_bits & 1 for member in archive.infolist()):
+            raise UserError(f"{source} is encrypted: unpack it, and name the folder with --source")
+        for member in archive.infolist():
+            name = member.filename
+            if not member.flag_bits & 0x800:  # not marked as UTF-8, which it may be all the same
+                with suppress(UnicodeError):
+                    name = name.encode("cp437").decode()
+            if not name.endswith(("/", "\\")):
+                yield name.replace("\\", "/"), partial(archive.open, member)
+    else:
+        with tarfile.open(source, "r|*") as tar:
+            for member in tar:
+                if is_file(member):
+                    yield member.name, partial(tar.extractfile, member)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -66,16 +152,18 @@ class PlainUnpickler(pickle.Unpickler):
         return self.ADMITTED[module, name]
 
 
-def read_archive(path):
-    """Read an archive in the layout of cifar-10-python.tar.gz. Nothing is unpacked to disk."""
+def read_archive(source):
+    """Read CIFAR-10's layout, in a tar, zip or folder; None where none of it is there. Nothing is unpacked to disk."""
     wanted = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]
     batches = {}
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if name in wanted and member.isfile():
-                    batches[name] = PlainUnpickler(tar.extractfile(member), encoding="bytes").load()
+        for name, opened in list_members(source):
+            name = name.rpartition("/")[2]
+            if name in wanted:
+                with opened() as file:
+                    batches[name] = PlainUnpickler(file, encoding="bytes").load()
+        if not batches:
+            return None
         classes = [name.decode() for name in batches["batches.meta"][b"label_names"]]
         for name in wanted[:-1]:
             data, labels = batches[name][b"data"], np.array(batches[name][b"labels"])
@@ -85,9 +173,11 @@ def read_archive(path):
                 raise ValueError(f"{name} has a label outside 0..{len(classes) - 1}")
             batches[name] = data, labels
     except KeyError as error:
-        raise UserError(f"{path} is not an archive in CIFAR-10's layout: it has no {error.args[0]!r}") from None
+        raise UserError(f"{source} is not whole: of CIFAR-10's layout it lacks {error.args[0]!r}") from None
+    except UserError:
+        raise
     except Exception as error:  # whatever tarfile, zlib and pickle make of bytes that are damaged or something else
-        raise UserError(f"{path} is damaged, or not an archive in CIFAR-10's layout: {error}") from None
+        raise UserError(f"{source} is damaged, or not what --source takes: {error}") from None
 
     def images(names):
         for name in names:
@@ -99,41 +189,170 @@ def read_archive(path):
     return classes, 3, splits
 
 
-def read_images(source, channels):
-    """Read a folder or a zip of images as train/<class>/* and test/<class>/*; classes in sorted order."""
-    if source.is_dir():
-        paths = [path for path in source.glob("*/*/*") if path.is_file()]
-        files = {path.relative_to(source).as_posix(): path.read_bytes for path in paths}
-    else:
-        archive = zipfile.ZipFile(source)
-        files = {name: lambda name=name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    names = {"train": [], "test": []}
+FORMATS = """avif bmp dib exr gif hdr heic heif ico j2k jfif jp2 jpe jpeg jpg jxl pam pbm pcx pfm pgm pic png pnm ppm
+    psd pxm ras sr svg tga tif tiff webp""".split()  # suffixes of images, also of those that OpenCV does not read
+MAGIC = rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0{4}|RIFF.{4}WEBP|II\*\0|MM\0\*|.{4}ftypavi|\0\0\0\x0cjP|\xff\x4f\xff\x51"
+DEEP = rb"\x89PNG.{20}\x10|II\*\0|MM\0\*|P[2356]\s|\0\0\0\x0cjP|\xff\x4f\xff\x51"  # how a file of 16 bits may begin
+UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+HIDDEN = re.compile(r"\..*|__MACOSX|@eaDir|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # what systems leave in folders
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
+
+
+def some(names, count=10):
+    """The first names of a list, as text that any terminal shows."""
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names[:count]]
+    return ", ".join(shown) + (", …" if len(names) > count else "")
+
+
+def sort_files(source, files):
+    """Find out which of `files`, all the names in `source`, are images of a class: ({name: (split, class)}, others).
+
+    The split is "train", "test", or None where the source has only <class>/*; `others` are names to be passed over.
+    Raises UserError, which says what is there, where that is neither of the layouts.
+    """
+    images, others = {}, set()  # name: its folders and file, without those that all share
     for name in sorted(files):
-        parts = name.split("/")
-        if len(parts) == 3 and parts[0] in names and not parts[2].startswith("."):
-            names[parts[0]].append(name)
-    classes = sorted({name.split("/")[1] for name in names["train"]})
-    for split in names:
-        if not names[split]:
-            raise UserError(f"{source} has no images as {split}/<class>/*")
-    unknown = {name.split("/")[1] for name in names["test"]} - set(classes)
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        hidden = [number for number, part in enumerate(parts) if HIDDEN.fullmatch(part)]
+        if hidden:
+            others.add("/".join(parts[: hidden[0] + 1]) + "/" * (hidden[0] + 1 < len(parts)))
+        elif name.rpartition(".")[2].lower() in FORMATS or looks_like_image(files[name]):
+            images[name] = parts
+        else:
+            others.add(name)
+
+    def tops():
+        return sorted({parts[0] for parts in images.values() if len(parts) > 1})
+
+    while len(tops()) == 1 and tops()[0].lower() not in SPLITS and max(map(len, images.values())) > 2:
+        others |= {name for name, parts in images.items() if len(parts) == 1}
+        images = {name: parts[1:] for name, parts in images.items() if len(parts) > 1}
+    roles = {top: SPLITS[top.lower()] for top in tops() if top.lower() in SPLITS}
+    if "test" not in roles.values():  # a set for validation serves as well
+        roles = {top: "test" if role == "val" else role for top, role in roles.items()}
+    sorted_in = {}
+    for name, parts in images.items():
+        if len(parts) > 2 and roles.get(parts[0]) in ("train", "test"):
+            sorted_in[name] = roles[parts[0]], parts[1]
+        elif len(parts) > 1 and not roles:
+            sorted_in[name] = None, parts[0]
+        else:
+            others.add(name)
+    found = {split for split, _ in sorted_in.values()}
+    deeper = any(part.lower() in SPLITS for parts in images.values() for part in parts[1:-1])
+    if found != {"train", "test"} and (found != {None} or len(tops()) < 2 or deeper):
+        missing = [f"{split}/<class>/*" for split in ("train", "test") if roles and split not in found]
+        expected = " or ".join(missing) or "train/<class>/* and test/<class>/*, or as <class>/* of two classes or more"
+        counts = [f"{sum(parts[0] == top for parts in images.values())} in {top}/" for top in tops()]
+        loose = sum(len(parts) == 1 for parts in images.values())
+        content = some(counts + [f"{loose} in no folder"] * (loose > 0)) or "none at all"
+        raise UserError(f"{source} has no images as {expected}; images there: {content}")
+    return sorted_in, sorted(others)
+
+
+def looks_like_image(opened):
+    with suppress(*UNREADABLE), opened() as file:
+        return re.match(MAGIC, file.read(16), re.DOTALL) is not None
+    return False
+
+
+def merge_spellings(pairs):
+    """Give each class one name: {folder's name: class}, from pairs (split, folder's name).
+
+    Spellings that differ in case, outer spaces or Unicode's form are one class, called as the training set has it.
+    """
+    called, names = {}, {}
+    for _, name, folder in sorted((s == "test", unicodedata.normalize("NFC", f).strip(), f) for s, f in pairs):
+        names[folder] = called.setdefault(name.casefold(), name)
+    different = [f"{folder!r} is {name!r}" for folder, name in sorted(names.items()) if folder != name]
+    if different:
+        say(f"spellings of one class: {some(different)}")
+    return names
+
+
+def split_off(labels, fraction, seed):
+    """Choose `fraction` of each class for the test set, at least one and not all: a bool for each of the labels."""
+    rng, chosen = np.random.RandomState(seed), np.zeros(len(labels), bool)
+    for label in range(labels.max() + 1):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: min(max(1, round(len(members) * fraction)), len(members) - 1)]] = True
+    return chosen
+
+
+def find_levels(files, names):
+    """The least and greatest value of all images of 16 bits, where they leave half of the range or more unused."""
+    low, high, count = 2**16, -1, 0
+    for name in names:
+        with suppress(*UNREADABLE), files[name]() as file:
+            head = file.read(32)
+            if re.match(DEEP, head, re.DOTALL):
+                image = decode_image(head + file.read())
+                if image.dtype == np.uint16:
+                    seen = image[image[:, :, 3] > 0, :3] if image.ndim == 3 and image.shape[2] == 4 else image
+                    low, high = min(low, int(seen.min(initial=2**16 - 1))), max(high, int(seen.max(initial=0)))
+                    count += 1
+    if high < low or high - low >= 2**15:
+        return None
+    say(f"images of 16 bits with values from {low} to {high} alone, which become 0 to 255: {count}")
+    return [low, high]
+
+
+def read_images(source, args):
+    """Read images as train/<class>/* and test/<class>/*, at any depth, or as <class>/* alone; classes in sorted order.
+
+    Returns (levels for prepare_image, what every reader returns). Names all damaged files of the source at once.
+    """
+    if source.is_dir() or is_zip(source):
+        files = dict(list_members(source))
+    else:
+        tar = tarfile.open(source)
+        if not isinstance(tar.fileobj, io.BufferedReader):  # packed, so that only what comes next can be read
+            unpacked = tempfile.TemporaryFile(dir=DATASETS)
+            tar.fileobj.seek(0)
+            shutil.copyfileobj(tar.fileobj, unpacked)
+            unpacked.seek(0)
+            tar = tarfile.open(fileobj=unpacked)
+        files = {member.name: partial(tar.extractfile, member) for member in tar if is_file(member)}
+    sorted_in, others = sort_files(source, files)
+    if others:
+        say(f"passed over, for it is no image of a class: {some(others, 5)} ({len(others)} in all)")
+    spellings = merge_spellings(set(sorted_in.values()))
+    sorted_in = {name: (split, spellings[spelling]) for name, (split, spelling) in sorted_in.items()}
+    classes = sorted({name for split, name in sorted_in.values() if split != "test"})
+    unknown = {name for _, name in sorted_in.values()} - set(classes)
     if unknown:
         raise UserError(f"{source} has the class {min(unknown)} in test/ and not in train/")
+    labels = {name: classes.index(called) for name, (_, called) in sorted_in.items()}
+    in_test = np.array([split == "test" for split, _ in sorted_in.values()])
+    if {split for split, _ in sorted_in.values()} == {None}:
+        in_test = split_off(np.array(list(labels.values())), args.test_fraction, args.seed)
+        if not in_test.any():
+            raise UserError(f"{source} has one image of each class, and none for a test set")
+        say(f"no test set in {source}: split off for it were {in_test.sum()} of {len(in_test)} images")
+    names = {"train": [], "test": []}
+    for name, test in zip(labels, in_test):
+        names["test" if test else "train"].append(name)
+    damaged, transparent = [], 0
 
     def images(split):
+        nonlocal transparent
         for name in names[split]:
             try:
-                encoded = np.frombuffer(files[name](), np.uint8)
-                image = cv2.imdecode(encoded, cv2.IMREAD_COLOR if channels == 3 else cv2.IMREAD_GRAYSCALE)
-            except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-                raise UserError(f"{source}: {name} cannot be read: {error}") from None
-            except cv2.error:
-                image = None
-            if image is None:
-                raise UserError(f"{source}: {name} is not an image that OpenCV reads")
-            yield image if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB), classes.index(name.split("/")[1])
+                with files[name]() as file:
+                    image = decode_image(file.read())
+            except UNREADABLE as error:
+                damaged.append(f"{name} ({getattr(error, 'strerror', None) or error})")
+                continue
+            alpha = image.ndim == 3 and image.shape[2] == 4
+            transparent += bool(alpha and image[:, :, 3].min() < np.iinfo(image.dtype).max)
+            yield image, labels[name]
+        if split == "test" and damaged:
+            raise UserError(f"{source}: {len(damaged)} of its images cannot be read: {some(damaged)}")
+        if split == "test" and transparent:
+            say(f"images that are transparent in places, put on white: {transparent}")
 
-    return classes, channels, [(split, len(names[split]), images(split)) for split in names]
+    return find_levels(files, labels), (classes, None, [(split, len(names[split]), images(split)) for split in names])
 
 
 def regular(corners, *radii):
@@ -230,11 +449,10 @@ def file_md5(path):
 
 
 def open_source(args):
-    """Choose the reader for the arguments: (name of the source, its checksum or None, what the reader returned)."""
-    channels = 1 if "MNIST" in args.dataset else 3
+    """Choose the reader: (name of the source, its checksum or None, levels for prepare_image, what it returned)."""
     source = args.source
     if source is None and args.dataset == "Shapes10":
-        return "built in", None, draw_shapes()
+        return "built in", None, None, draw_shapes()
     if source is None and args.dataset == "CIFAR10":
         source = DATASETS / "cifar-10-python.tar.gz"
         if not source.exists():
@@ -247,12 +465,11 @@ def open_source(args):
     if source.resolve() == target or target in source.resolve().parents:
         raise UserError(f"--source {source} lies in {target}, which this run would replace: move it elsewhere")
     try:
-        if source.is_dir():
-            return str(source), None, read_images(source, channels)
-        checksum = f"md5: {file_md5(source)}"
-        reader = read_images(source, channels) if zipfile.is_zipfile(source) else read_archive(source)
-        return str(source), checksum, reader
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        checksum = None if source.is_dir() else f"md5: {file_md5(source)}"
+        content = read_archive(source)
+        levels, content = (None, content) if content else read_images(source, args)
+        return str(source), checksum, levels, content
+    except (OSError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError) as error:
         raise UserError(f"cannot read {source}: {error}") from None
 
 
@@ -305,23 +522,54 @@ def write_bundle(folder, dataset, cid, ids):
             tar.add(folder / name, f"datasets/{dataset}/{name}", filter=anonymous)
 
 
+def write_table(path, columns, rows):
+    """Write a CSV with the same bytes on every system."""
+    lines = [",".join(row) for row in (columns, *rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def warn_of_duplicates(digests, labels):
+    """Say how many test images are also in the training set, and how many pictures stand under two classes."""
+    train, test = (digests[split] for split in ("train", "test"))
+    known = set(train)
+    shared = sum(digest in known for digest in test)
+    if shared:
+        say(f"warning: test images that are in the training set too: {shared} of {len(test)}; they flatter the model")
+    label_of = {}
+    pairs = zip(train + test, [*labels["train"].tolist(), *labels["test"].tolist()])
+    unsure = {digest for digest, label in pairs if label_of.setdefault(digest, label) != label}
+    if unsure:
+        say(f"warning: pictures that stand under two classes or more: {len(unsure)}")
+
+
 def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the number of train images of each client."""
-    source, checksum, (classes, channels, splits) = open_source(args)
-    labels, sizes, digest = {}, set(), hashlib.md5()
+    source, checksum, levels, (classes, channels, splits) = open_source(args)
+    labels, digests, grey, digest = {}, {}, [], hashlib.md5()
     for split, count, images in splits:
         if split == "train" and args.num_clients > count // 2:
             raise UserError(f"--num_clients {args.num_clients} is too many: {count} images, and each client needs two")
         (folder / split).mkdir()
         prefix = f"{folder / split}{os.sep}"
-        labels[split] = np.empty(count, np.int64)
+        labels[split], digests[split] = np.empty(count, np.int64), []
         bar = tqdm(images, f"{args.dataset} {split}", count, leave=False, unit="image", disable=not sys.stderr.isatty())
         for index, (image, label) in enumerate(bar):
+            image = prepare_image(image, args.image_size, args.fit, levels, channels)
             np.save(f"{prefix}{index}.npy", image)
             labels[split][index] = label
-            sizes.add(image.shape[:2])
+            digests[split].append(image_digest(image))
+            if image.ndim == 2:
+                grey.append((split, index))
             if checksum is None:
                 digest.update(np.ascontiguousarray(image))
+    if channels is None:
+        channels = 1 if len(grey) == len(digests["train"]) + len(digests["test"]) else 3
+    for split, index in grey if channels == 3 else []:  # grey images of a coloured set
+        path = folder / split / f"{index}.npy"
+        image = np.dstack([np.load(path)] * 3)
+        np.save(path, image)
+        digests[split][index] = image_digest(image)
+    warn_of_duplicates(digests, labels)
 
     rng = np.random.RandomState(args.seed)  # unlike default_rng, the same stream in every numpy
     if args.partition == "iid":
@@ -329,18 +577,22 @@ def write_dataset(folder, args):
     else:
         shards = split_dirichlet(labels["train"], args.num_clients, rng, args.alpha)
     (folder / "clients").mkdir()
+    shard_digests = []
     for cid, ids in enumerate(shards):
         num_eval = min(max(1, round(len(ids) * args.eval_fraction)), len(ids) - 1)
         phases = ["fit"] * (len(ids) - num_eval) + ["eval"] * num_eval
-        table = pd.DataFrame({"id": ids, "label": labels["train"][ids], "phase": phases})
-        table.to_csv(folder / "clients" / f"client_{cid}.csv", index=False)
-    test = pd.DataFrame({"id": np.arange(len(labels["test"])), "label": labels["test"]})
-    test.to_csv(folder / "test.csv", index=False)
+        rows = [(str(row), str(labels["train"][row]), phase) for row, phase in zip(ids, phases)]
+        write_table(folder / "clients" / f"client_{cid}.csv", ("id", "label", "phase"), rows)
+        shard_digests.append(table_digest(rows, (digests["train"][row] for row in ids)))
+    rows = [(str(row), str(label)) for row, label in enumerate(labels["test"])]
+    write_table(folder / "test.csv", ("id", "label"), rows)
     info = {
         "dataset": args.dataset,
         "classes": list(classes),
         "channels": channels,
-        "image_size": list(sizes.pop()) if len(sizes) == 1 else None,  # height, width; None where they differ
+        "image_size": list(args.image_size),  # height, width
+        "fit": args.fit,
+        "levels": levels,  # the 16-bit values that became 0 and 255
         "num_train": len(labels["train"]),
         "num_test": len(labels["test"]),
         "num_clients": args.num_clients,
@@ -350,8 +602,11 @@ def write_dataset(folder, args):
         "seed": args.seed,
         "source": source,
         "checksum": checksum or f"md5 of all pixels: {digest.hexdigest()}",
+        "shards": shard_digests,
+        "test": table_digest(rows, digests["test"]),
     }
-    (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    info["id"] = cut_id(info)
+    (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
     if args.bundles:
         (folder / "bundles").mkdir()
         for cid, ids in enumerate(tqdm(shards, "bundles", leave=False, disable=not sys.stderr.isatty())):
@@ -361,6 +616,8 @@ def write_dataset(folder, args):
 
 def main():
     args = parse_args()
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", args.dataset, re.IGNORECASE):
+        raise UserError(f"--dataset {args.dataset}: Windows allows no folder of this name, take another")
     target = (DATASETS / args.dataset).resolve()
     new, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     if target.exists() and not (target / "dataset.json").exists():
@@ -379,7 +636,8 @@ def main():
         raise UserError(f"cannot write {target}: {error}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    say(f"{target}: {args.num_clients} clients with {min(sizes)} to {max(sizes)} images each, {args.partition}")
+    sizes = f"{min(sizes)} to {max(sizes)} images each"
+    say(f"{shlex.quote(str(target))}: {args.num_clients} clients with {sizes}, {args.partition}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ result. Leaves server.ptl, best.ptl, history.csv and metrics.png in ckps/<datase
 import errno
 import functools
 import hmac
+import inspect
 import ipaddress
 import os
 import queue
@@ -23,20 +24,48 @@ import time
 import traceback
 from pathlib import Path
 
-from libs import CKPS, DATASETS, ROOT, UserError, claim, new_parser, number, quiet_flower, run_script, say, tqdm
+from libs import (
+    CKPS,
+    DATASETS,
+    KEEPALIVE,
+    UserError,
+    join_address,
+    keep_alive,
+    lock_file,
+    mute_handlers,
+    new_parser,
+    np,
+    number,
+    on_signal,
+    plain_args,
+    printable,
+    prove,
+    quiet_flower,
+    read_secret,
+    run_script,
+    say,
+    split_address,
+    tcp_sockets,
+    torch,
+)
 
 import flwr.server
 from flwr.common import Code, GetPropertiesIns, ReconnectIns
 from flwr.server import ServerConfig, SimpleClientManager, start_server
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
-from client import plain_args, prove, read_secret
-from data import BatchLoader, ImageDataset, describe_dataset, read_table
-from nets import Net, fingerprint, load_checkpoint
-from strategies import FedAvg, History, printable
+from data import describe_in_checkpoint, load_test
+from engines import client_fit_fn
+from nets import build_net, find_net, fingerprint, same_trial, trial
+from record import Curves, Progress, Record, move_aside, resume, show_files, start_wandb
+from strategies import STRATEGIES, FedAvg
 
 HEARTBEAT = 20  # seconds between two words to a client that has nothing to do
+BUSY = KEEPALIVE  # seconds after which the connection of a client that is busy has shown that it is alive
 HANDSHAKE_TIMEOUT = 10  # seconds
+READY_TIMEOUT = 120  # seconds for a client to read its shard anew, if it has to
+MALFORMED = (TypeError, ValueError)  # what Flower raises on an answer that is none
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
@@ -46,11 +75,22 @@ def parse_args():
     parser = new_parser(__doc__)
     positive = number(float, 0, inside=True)
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
-    parser.add_argument("--server_port", type=number(int, 1, 65535), default=8080, help="port to listen on")
-    parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of clients, with cids from 0")
+    parser.add_argument("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
+    parser.add_argument(
+        "--num_clients", type=number(int, 1), help="number of clients, with cids from 0 (default: as many as shards)"
+    )
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="make the run one that can be repeated")
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default=FedAvg.__name__,
+        help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
+        "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
+        "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument("--round_timeout", type=positive, help="seconds until stragglers are left out (default: off)")
     parser.add_argument("--resume", action="store_true", help="go on from ckps/<dataset>/server.ptl")
@@ -59,18 +99,47 @@ def parse_args():
         "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
+    parser.add_argument("--net", default="LeNet5", help="net to train, one of nets.py's: the devices build it too")
     args = parser.parse_args()
+    args.server_address, args.server_port = split_address(args.server_address, args.server_port)
+    return args
+
+
+def count_clients(args, shards):
+    """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has cut, None if unknown."""
+    if args.num_clients is None:
+        args.num_clients = shards or 10
+    elif shards not in (None, args.num_clients):
+        say(f"note: {args.dataset} was cut into {shards} shards, and --num_clients is {args.num_clients}")
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
-    return args
+    least = STRATEGIES[args.strategy].least
+    if args.min_clients < least:
+        raise UserError(
+            f"--strategy {args.strategy} needs rounds of {least} clients or more; "
+            f"--num_clients {args.num_clients} --min_clients {args.min_clients} allow smaller ones"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The clients. Flower keeps one stream to each, on which it answers one question at a time. Besides fit and evaluate the
+# questions are get_properties, whose dictionary says what is meant:
+#     {"nonce"}, then {"net", "dataset_id"}      the handshake, answered within HANDSHAKE_TIMEOUT and READY_TIMEOUT
+#     {}                                         are you there? every HEARTBEAT seconds, unless it is busy
+#     {"turned_away"} or {"stopped"}             the reason, before the stream ends
+# The server gives up a client that is idle and silent for HEARTBEAT, busy for --round_timeout, or on a machine whose
+# kernel is silent for KEEPALIVE (libs.py); a client gives up a server that is silent for SILENCE (client.py).
+# The main thread runs the rounds; one thread a connection, "client …", has the handshake and then the heartbeat; one a
+# question, "fit 3", waits for the answer; "record" keeps the record, "signals" notes signals.
+# Registry._cv guards who is there; RemoteClient.lock is held while the client has a question to answer.
 
 
 class Stopped(Exception):
     """A signal asked the server to stop."""
 
 
-class DeviceFailure(Exception):
+class ClientFailure(Exception):
     """A client gave no answer; `cid` says which, the text why."""
 
     def __init__(self, cid, reason):
@@ -78,24 +147,34 @@ class DeviceFailure(Exception):
         self.cid = cid
 
 
-class Device(ClientProxy):
+class TurnedAway(Exception):
+    """A client that may not take part: the text says why, to it and to the user; `cid` is what it called itself."""
+
+    def __init__(self, reason, cid="unknown"):
+        super().__init__(reason)
+        self.cid = cid
+
+
+class RemoteClient(ClientProxy):
     """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time."""
 
     def __init__(self, proxy, properties):
         super().__init__(str(properties["cid"]))
-        self.proxy, self.device_id = proxy, properties["device_id"]
-        self.lock = threading.Lock()
+        self.proxy, self.properties = proxy, properties
+        self.lock = threading.Lock()  # held while it has a question to answer
         self.gone = threading.Event()
 
     def _ask(self, method, ins, timeout, group_id):
         started = time.monotonic()
         if not self.lock.acquire(timeout=timeout or -1):
-            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s")
+            raise ClientFailure(self.cid, f"no answer within {timeout:g} s")
         try:
             return getattr(self.proxy, method)(ins, timeout, group_id)
-        except Exception:
+        except MALFORMED as error:
+            raise ClientFailure(self.cid, f"malformed answer: {printable(error)}") from error
+        except GrpcBridgeClosed:
             late = timeout is not None and time.monotonic() - started >= timeout
-            raise DeviceFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
+            raise ClientFailure(self.cid, f"no answer within {timeout:g} s" if late else "connection lost") from None
         finally:
             self.lock.release()
 
@@ -105,15 +184,38 @@ class Device(ClientProxy):
     evaluate = functools.partialmethod(_ask, "evaluate")
     reconnect = functools.partialmethod(_ask, "reconnect")
 
-    def beat(self):
-        """Say a word to the client, unless it is busy, so that both sides notice when the other is gone."""
-        if self.lock.acquire(blocking=False):
-            try:
-                self.proxy.get_properties(GetPropertiesIns({}), HEARTBEAT, 0)
-            except Exception:
-                self.close()
-            finally:
-                self.lock.release()
+    def heartbeat(self):
+        """Say a word to the client every HEARTBEAT seconds, unless it is busy, until it is gone.
+
+        So that both sides notice when the other is gone; where the client does not answer, its connection is ended.
+        """
+        while not self.gone.wait(HEARTBEAT):
+            if self.lock.acquire(blocking=False):
+                try:
+                    self._say_a_word()
+                finally:
+                    self.lock.release()
+
+    def is_alive(self):
+        """Whether the client is there, found out within BUSY + HEARTBEAT seconds; one that is not is let go.
+
+        A busy one cannot answer. But the kernel of a dead board does not answer TCP's keepalive either, so a
+        connection that lasts for BUSY seconds is alive.
+        """
+        if not self.lock.acquire(timeout=BUSY):
+            return not self.gone.is_set()
+        try:
+            return self._say_a_word()
+        finally:
+            self.lock.release()
+
+    def _say_a_word(self):
+        try:
+            self.proxy.get_properties(GetPropertiesIns({}), HEARTBEAT, 0)
+            return True
+        except (GrpcBridgeClosed, *MALFORMED):
+            self.close()
+            return False
 
     def close(self):
         """Fail the question under way, and end the connection."""
@@ -121,120 +223,186 @@ class Device(ClientProxy):
         self.proxy.bridge.close()
 
 
-class Registry(SimpleClientManager):
-    """The clients that take part, by cid. Flower registers each connection here; a handshake decides on it.
+def handshake(num_clients, task, secret=None):
+    """Decide on a client, without knowing how it is reached.
 
-    `expected` is what the clients must have like the server: dataset, net, fingerprint. With a `secret` (bytes) they
-    must also prove that they know it, before they get anything else.
+    A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
+    itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
+    channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial). With a `secret` (bytes) it must
+    first prove that it knows it, and learns nothing before.
     """
+    nonce, ready = secrets.token_hex(16), {}
+    client = yield {"nonce": nonce}
+    cid = client.get("cid")
+    reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
+    if reason is None:
+        question = {"net": task["net"]}
+        if task["dataset_id"] is not None:
+            question["dataset_id"] = task["dataset_id"]
+        ready = yield question
+        reason = why_not_ready(ready, cid, task)
+    if reason is not None:
+        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
+    return {**client, **ready}
 
-    def __init__(self, num_clients, expected, secret=None):
+
+def why_not_client(client, nonce, num_clients, dataset, secret):
+    """The reason not to admit a client for what it says of itself, or None."""
+    cid = client.get("cid")
+    if secret is not None:
+        proof = client.get("proof")
+        if proof is None:
+            return "the server asks for a secret: start the client with --secret_file"
+        if not hmac.compare_digest(str(proof).encode(), prove(secret, nonce, cid).encode()):
+            return "its secret is not the server's"
+    if type(cid) is not int or not all(isinstance(client.get(name), str) for name in ("device_id", "process")):
+        return "it is not this suite's client.py, or one of another version"
+    if not 0 <= cid < num_clients:
+        return f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})"
+    if client.get("dataset") != dataset:
+        return f"its dataset is {printable(client.get('dataset'), 40)}, the server's is {dataset}"
+    return None
+
+
+def why_not_ready(ready, cid, task):
+    """The reason not to admit a client for the data and the net that it has made ready, or None."""
+    shown = {name: printable(value, 40) for name, value in ready.items()}
+    for name, what in (("num_classes", "classes"), ("channels", "colour channels")):
+        if ready.get(name) != task[name]:
+            return f"its dataset has {shown.get(name)} {what}, the server's has {task[name]}"
+    if task["dataset_id"] not in (None, ready.get("dataset_id")):
+        return (
+            f"its shard is not of the server's cut of {task['dataset']}: partition.py has run in the meantime; "
+            f"bring the device the newest bundles/client_{cid}.tar"
+        )
+    if "error" in ready:
+        return printable(ready["error"])
+    if ready.get("fingerprint") != task["fingerprint"]:
+        return f"its fingerprint is {shown.get('fingerprint')}, the server's is {task['fingerprint']}: nets.py differs"
+    outputs = ready.get("trial")
+    whole = isinstance(outputs, bytes) and len(outputs) % 4 == 0
+    if not whole or not same_trial(np.frombuffer(outputs, "<f4"), task["trial"]):
+        return f"its {task['net']} computes something else than the server's: nets.py differs"
+    for name in ("num_fit", "num_eval"):
+        if type(ready.get(name)) is not int or ready[name] < 1:
+            return f"its {name} is {shown.get(name)}, not a positive number of images"
+    return None
+
+
+def ask_all(proxy, questions):
+    """Put the questions of a handshake to a connection: what it returns of the client. Raises TurnedAway."""
+    answer = None
+    while True:
+        try:
+            question = questions.send(answer)
+        except StopIteration as end:
+            return end.value
+        try:
+            timeout = READY_TIMEOUT if "net" in question else HANDSHAKE_TIMEOUT
+            res = proxy.get_properties(GetPropertiesIns(question), timeout, 0)
+        except MALFORMED:
+            raise TurnedAway("it is not this suite's client.py") from None
+        answer = res.properties if res.status.code == Code.OK else {}
+
+
+def send_away(proxy, notice):
+    """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
+    try:
+        if notice:
+            proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
+        if "stopped" not in notice:
+            proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
+    except (GrpcBridgeClosed, *MALFORMED):
+        pass  # it is gone already, which is as good
+    proxy.bridge.close()
+
+
+class Registry(SimpleClientManager):
+    """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
+
+    def __init__(self, num_clients, task, secret=None, port=None):
         super().__init__()
-        self.num_clients, self.expected, self.secret = num_clients, expected, secret
+        self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
         self.connections = set()  # Flower's ids of the open ones, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
 
     def register(self, client):
+        """Flower's: `client` is its proxy of a new connection."""
         if self.closed:
             raise ConnectionAbortedError("the server is about to stop")
         self.connections.add(client.cid)
-        threading.Thread(target=self._greet, args=(client,), daemon=True).start()
+        if self.port is not None:
+            for sock in tcp_sockets(self.port):
+                keep_alive(sock)
+        threading.Thread(target=self._look_after, args=(client,), name=f"client {client.cid[:8]}", daemon=True).start()
         return True  # so that Flower carries our questions to it
 
     def unregister(self, client):
+        """Flower's: the connection of its proxy `client` has ended."""
         with self._cv:
             self.connections.discard(client.cid)
-            for device in [device for device in self.clients.values() if device.proxy is client]:
-                self.drop(device)
+            for admitted in list(self.clients.values()):
+                if admitted.proxy is client:
+                    self.remove(admitted)
 
-    def drop(self, device):
+    def remove(self, client):
         """Let a client go, whose connection is gone or as good as gone."""
         with self._cv:
-            if self.clients.get(device.cid) is device:
-                del self.clients[device.cid]
+            if self.clients.get(client.cid) is client:
+                del self.clients[client.cid]
                 if not self.closed:
-                    say(f"cid {device.cid} left")
-            device.close()
+                    say(f"cid {client.cid} left")
+            client.close()
             self._cv.notify_all()
 
-    def _greet(self, proxy):
-        """Admit a connection or turn it away; then keep the silence on it short, for as long as it lasts."""
-        nonce = secrets.token_hex(16)
+    def _look_after(self, proxy):
+        """Have the handshake with a new connection; then keep the silence on it short, for as long as it lasts."""
         try:
-            res = proxy.get_properties(GetPropertiesIns({"nonce": nonce}), HANDSHAKE_TIMEOUT, 0)
-        except Exception:
+            client = RemoteClient(proxy, ask_all(proxy, handshake(self.num_clients, self.task, self.secret)))
+            admitted = self._admit(client)
+        except GrpcBridgeClosed:
             proxy.bridge.close()
-            return
-        properties = res.properties if res.status.code == Code.OK else {}
-        reason = self._why_not(properties, nonce)
-        if reason is None:
-            device = Device(proxy, properties)
-            reason = self._admit(device)
-        if reason is not None and self.closed:
-            self._send_away(proxy, self.notice)
-            return
-        if reason is not None:
-            say(f"turned away cid {printable(properties.get('cid', 'unknown'), 20)}: {reason}")
-            self._send_away(proxy, {"turned_away": reason})
-            return
-        while not device.gone.wait(HEARTBEAT):
-            device.beat()
+        except TurnedAway as reason:
+            if not self.closed:
+                say(f"turned away cid {reason.cid}: {reason}")
+            send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
+        else:
+            if admitted:
+                client.heartbeat()
+            else:
+                send_away(proxy, self.notice)
 
-    def _why_not(self, properties, nonce):
-        """The reason not to admit a client with these properties, if there is one."""
-        cid = properties.get("cid")
-        if self.secret is not None:
-            proof = properties.get("proof")
-            if proof is None:
-                return "the server asks for a secret: start the client with --secret_file"
-            if not hmac.compare_digest(str(proof).encode(), prove(self.secret, nonce, cid).encode()):
-                return "its secret is not the server's"
-        if type(cid) is not int or not isinstance(properties.get("device_id"), str):
-            return "it is not this suite's client.py"
-        if not 0 <= cid < self.num_clients:
-            return f"cid {cid} is not in 0..{self.num_clients - 1} (server's --num_clients {self.num_clients})"
-        for name, value in self.expected.items():
-            if properties.get(name) != value:
-                return f"its {name} is {printable(properties.get(name), 40)}, the server's is {value}"
-        for name in ("num_fit", "num_eval"):
-            if type(properties.get(name)) is not int or properties[name] < 1:
-                return f"its {name} is {printable(properties.get(name), 40)}, not a positive number of images"
-        return None
-
-    def _admit(self, device):
-        """Take a device in; the reason why not, if there is one."""
-        with self._cv:
-            if device.proxy.cid not in self.connections or self.closed:
-                return "its connection is lost"
-            before = self.clients.get(device.cid)
-            if before is not None and before.device_id != device.device_id:
-                return f"cid {device.cid} is in use by another device"
-            if before is not None:
-                before.close()
-            self.clients[device.cid] = device
-            if device.cid not in self.seen:  # for one that comes back no round is held up
-                self.seen.add(device.cid)
-                self.last_joined = time.monotonic()
-            self._cv.notify_all()
-        say(f"cid {device.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
-        return None
-
-    def _send_away(self, proxy, notice):
-        """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
-        try:
-            if notice:
-                proxy.get_properties(GetPropertiesIns(notice), HANDSHAKE_TIMEOUT, 0)
-            if "stopped" not in notice:
-                proxy.reconnect(ReconnectIns(seconds=None), HANDSHAKE_TIMEOUT, 0)
-        except Exception:
-            pass  # it is gone already, which is as good
-        proxy.bridge.close()
+    def _admit(self, client):
+        """Take a client in: whether it could be. Raises TurnedAway where another one with its cid is alive."""
+        before = None
+        while True:
+            with self._cv:
+                if client.proxy.cid not in self.connections or self.closed:
+                    return False
+                other = self.clients.get(client.cid)
+                before = other or before
+                if other is None or other.gone.is_set() or other.properties["process"] == client.properties["process"]:
+                    if other is not None:
+                        other.close()
+                    self.clients[client.cid] = client
+                    if client.cid not in self.seen:  # for one that comes back no round is held up
+                        self.seen.add(client.cid)
+                        self.last_joined = time.monotonic()
+                    self._cv.notify_all()
+                    break
+            if other.is_alive():
+                reason = f"cid {client.cid} is in use by another device"
+                if other.properties["device_id"] == client.properties["device_id"]:
+                    reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
+                raise TurnedAway(reason, client.cid)
+        say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+        return True
 
     def sample(self, num_clients, min_num_clients=None, criterion=None):
         """All clients that are there, at most `num_clients`; never waits (`wait_for_round` does)."""
         with self._cv:
-            return sorted(self.clients.values(), key=lambda device: int(device.cid))[:num_clients]
+            return sorted(self.clients.values(), key=lambda client: int(client.cid))[:num_clients]
 
     def wait_for_round(self, min_clients, check):
         """Wait until all clients are there, or `min_clients` and nobody new for SETTLE seconds; say who is missing.
@@ -261,14 +429,14 @@ class Registry(SimpleClientManager):
             if self.closed:
                 return
             self.closed, self.notice = True, notice
-            devices = list(self.clients.values())
+            clients = list(self.clients.values())
 
-        def end(device):
-            if device.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
-                self._send_away(device.proxy, notice)
-            device.close()
+        def end(client):
+            if client.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
+                send_away(client.proxy, notice)
+            client.close()
 
-        threads = [threading.Thread(target=end, args=(device,), daemon=True) for device in devices]
+        threads = [threading.Thread(target=end, args=(client,), name="goodbye", daemon=True) for client in clients]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -286,8 +454,8 @@ class Server(flwr.server.Server):
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
 
-    def stop(self, signum, frame):
-        """The handler of SIGINT and SIGTERM. Ctrl-C a second time, a second later or more, ends the process at once."""
+    def stop(self, signum):
+        """Note a signal (libs.on_signal). Ctrl-C a second time, a second later or more, ends the process at once."""
         if self.signum is None:
             self.signum, self.stopped = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
@@ -301,8 +469,7 @@ class Server(flwr.server.Server):
 
     def fit(self, num_rounds, timeout):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
-        signal.signal(signal.SIGINT, self.stop)  # Flower's start_server has just put its own there
-        signal.signal(signal.SIGTERM, self.stop)
+        mute_handlers()  # Flower's start_server has just put its own there
         started, delay, current = time.monotonic(), 1, self.first_round
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
@@ -323,7 +490,7 @@ class Server(flwr.server.Server):
         return flwr.server.History(), time.monotonic() - started
 
     def ask(self, method, instructions, timeout, current):
-        """Ask all clients at the same time: ([(client, its answer), …], [DeviceFailure or (client, answer), …])."""
+        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …])."""
         answers, waiting = queue.SimpleQueue(), {client for client, _ in instructions}
         late = time.monotonic() + timeout + 1 if timeout else float("inf")
 
@@ -334,14 +501,14 @@ class Server(flwr.server.Server):
                 answers.put((client, error))
 
         for client, ins in instructions:
-            threading.Thread(target=ask_one, args=(client, ins), daemon=True).start()
+            threading.Thread(target=ask_one, args=(client, ins), name=f"{method} {client.cid}", daemon=True).start()
         results, failures = [], []
         while waiting:
             self.check()
             if time.monotonic() > late:  # Flower's own limit starts when all is sent, which to a dead link it never is
                 late = float("inf")
                 for client in waiting:
-                    self.registry.drop(client)
+                    self.registry.remove(client)
             try:
                 client, answer = answers.get(timeout=POLL)
             except queue.Empty:
@@ -367,13 +534,15 @@ class Server(flwr.server.Server):
 
 
 def check_address(host, port):
-    """The address to give to Flower, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    """The address to listen on, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    if "%" in host:  # Flower's start_server binds without the zone
+        raise UserError(f"cannot listen on {host} alone: take --server_address :: (all networks)")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-        return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
+        return join_address(address[0], port)
     except (OSError, UnicodeError) as error:
         in_use = getattr(error, "errno", None) == errno.EADDRINUSE
         reason = "the port is in use; choose another with --server_port" if in_use else error
@@ -403,132 +572,6 @@ def read_certificates(folder):
         ) from None
 
 
-def take_up(path, model, dataset):
-    """Put the checkpoint `path` into `model`: (its round, its wandb run id), (0, None) where there is none yet."""
-    if not path.exists():
-        say(f"nothing to resume in {path.parent}: starting at round 1")
-        return 0, None
-    try:
-        saved, checkpoint = load_checkpoint(path)
-        mine = {"dataset": dataset, "net": type(model).__name__, "num_classes": model.num_classes}
-        for name, value in {**mine, "in_channels": model.in_channels}.items():
-            if checkpoint[name] != value:
-                raise UserError(f"cannot resume from {path}: its {name} is {checkpoint[name]}, not {value}")
-        model.load_state_dict(saved.state_dict())
-        History(path.with_name("history.csv"), checkpoint["round"])
-        return checkpoint["round"], checkpoint["wandb_run_id"]
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"cannot resume from {path}: {error}") from None
-    except Exception as error:  # whatever torch.load, load_state_dict and pandas make of files that are not ours
-        reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
-        raise UserError(f"cannot resume from {path}: {reason}") from None
-
-
-def move_aside(folder):
-    """Move what an earlier run of the server left in `folder` to a folder with the date in its name."""
-    names = ("server.ptl", "best.ptl", "history.csv", "metrics.png")
-    if found := [folder / name for name in names if (folder / name).exists()]:
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y-%m-%d_%H%M%S')}")
-        aside.mkdir()
-        for path in found:
-            path.rename(aside / path.name)
-        say(f"moved the earlier run to {aside} (--resume would go on from it)")
-
-
-def start_wandb(dataset, run_id, config):
-    """Start or continue a run in Weights & Biases: (the run, one line that says where it is to be seen).
-
-    WANDB_MODE wins where it is set; else the run is online if a key is at hand and works, and offline if not.
-    """
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
-    os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say, we say
-    try:
-        import matplotlib  # noqa: F401 (for the picture; better missed now than at the end)
-        import wandb  # here, after that variable is set
-    except ImportError as error:
-        raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
-
-    mode = os.environ.get("WANDB_MODE")
-    why = "no key is at hand" if mode in (None, "online") else "as WANDB_MODE says"
-    if mode in (None, "online"):
-        try:
-            has_key = wandb.login(prompt=False)
-        except Exception as error:
-            has_key, why = False, printable(error)
-        if mode == "online" and not has_key:
-            raise UserError(f"WANDB_MODE is online, but {why}: run `wandb login` or set WANDB_MODE=offline")
-        mode = "online" if has_key else "offline"
-    settings = wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True)
-    options = {
-        "settings": settings,
-        "project": "FL-IoT",
-        "name": dataset,
-        "id": run_id,
-        "config": config,
-        "dir": os.environ.get("WANDB_DIR", ROOT),
-    }
-    if mode == "online":
-        try:
-            run = wandb.init(mode=mode, resume="allow", **options)
-            return run, f"curves: {run.url}"
-        except Exception as error:
-            why = printable(error)
-            mode = "offline"
-    try:
-        run = wandb.init(mode=mode, **options)
-    except Exception as error:
-        raise UserError(f"Weights & Biases cannot start with WANDB_MODE={mode}: {printable(error)}") from None
-    if mode != "offline":
-        return run, f"curves: WANDB_MODE is {mode}"
-    return run, f"curves: Weights & Biases is offline ({why}); send them later with: wandb sync {Path(run.dir).parent}"
-
-
-class Curves:
-    """The run in Weights & Biases. Whatever happens to it, the training goes on."""
-
-    def __init__(self, run):
-        self.run, self.failed = run, False
-
-    def log(self, figures, step):
-        try:
-            self.run.log(figures, step=step)
-        except Exception as error:  # its process has died; all figures are in history.csv
-            if not self.failed:
-                say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
-            self.failed = True
-
-    def finish(self):
-        try:
-            self.run.finish()
-        except Exception:  # its server is gone, or its process
-            folder = Path(self.run.dir).parent
-            option = "" if folder.name.startswith("offline-") else "--no-skip-online "
-            say(f"curves: not all are sent; send them later with: wandb sync {option}{folder}")
-
-
-class Progress:
-    """What the user sees of the rounds: one bar on a terminal, one line a round otherwise."""
-
-    def __init__(self, num_rounds, last_round):
-        self.num_rounds = num_rounds
-        self.bar = tqdm(total=num_rounds, initial=last_round, unit="round", disable=not sys.stderr.isatty())
-
-    def show_row(self, row):
-        names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
-        if not self.bar.disable:
-            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in names}, refresh=False)
-            self.bar.update()
-            return
-        figures = "  ".join(f"{name} {row[name]:.3f}" for name in names)
-        counts = f"{row['clients']} clients, {row['failures']} failures, {row['round_seconds']:.1f} s"
-        say(f"round {row['round']}/{self.num_rounds}  {figures}  ({counts})")
-
-    def show_drop(self, current, cid, reason):
-        say(f"round {current}: dropped cid {cid}: {reason}")
-
-
 def main():
     args = parse_args()
     if not args.verbose:
@@ -538,18 +581,18 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    source, folder = DATASETS / args.dataset, CKPS / args.dataset
-    info = describe_dataset(args.dataset, source)
-    model = Net(info["channels"], len(info["classes"]))
-    test = ImageDataset(read_table(source / "test.csv", len(info["classes"])), source / "test")
-    if test.images.shape[1] != info["channels"]:
-        raise UserError(f"images of {source / 'test'} have {test.images.shape[1]} channels, not {info['channels']}")
+    test, info = load_test(DATASETS / args.dataset, find_net(args.net).image_size)
+    count_clients(args, info.get("num_clients"))
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model = build_net(args.net, info["channels"], len(info["classes"]))
+    folder = CKPS / args.dataset
     checkpoint = folder / "server.ptl"
     try:
-        held = claim(folder / "server.lock")
-        if held is None:
+        lock = lock_file(folder / "server.lock")
+        if lock is None:
             raise UserError(f"another server is training {args.dataset} in {folder}")
-        last_round, run_id = take_up(checkpoint, model, args.dataset) if args.resume else (0, None)
+        last_round, run_id = resume(checkpoint, model, args.dataset) if args.resume else (0, None)
         if last_round >= args.num_rounds:
             say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
             return 0
@@ -566,59 +609,75 @@ def main():
     say(where)
     curves = Curves(run)
     progress = Progress(args.num_rounds, last_round)
-    hyper_parameters = {"num_rounds": args.num_rounds, "num_epochs": args.num_epochs, "lr": args.lr}
-    strategy = FedAvg(
+    record = Record(
         model,
         checkpoint,
         last_round=last_round,
-        test_loaders={"test": BatchLoader(test, 250)},
-        about={"dataset": args.dataset, "classes": info["classes"], "wandb_run_id": run.id, "args": settings},
+        test_loaders={"test": test},
+        about={"dataset": args.dataset, "wandb_run_id": run.id, "args": settings, **describe_in_checkpoint(info)},
         on_row=progress.show_row,
-        on_drop=progress.show_drop,
         log=curves.log,
-        on_fit_config_fn=lambda current: {"round": current, **hyper_parameters},
+    )
+    known = inspect.signature(client_fit_fn).parameters
+    hyper_parameters = {name: value for name, value in settings.items() if name in known and value is not None}
+    strategy = STRATEGIES[args.strategy](
+        model,
+        record=record,
+        on_drop=progress.show_drop,
+        on_fit_config_fn=lambda current: {"round": current, "num_rounds": args.num_rounds, **hyper_parameters},
         min_fit_clients=1,
         min_evaluate_clients=1,
         min_available_clients=1,
     )
-    expected = {"dataset": args.dataset, "net": type(model).__name__, "fingerprint": fingerprint(model)}
-    registry = Registry(args.num_clients, expected, secret)
+    task = {
+        "dataset": args.dataset,
+        "dataset_id": info.get("id"),
+        "channels": info["channels"],
+        "num_classes": len(info["classes"]),
+        "net": args.net,
+        "fingerprint": fingerprint(model),
+        "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
+    }
+    registry = Registry(args.num_clients, task, secret, args.server_port)
     server = Server(registry, strategy, args.min_clients, last_round + 1)
 
-    # The rounds; and whatever ends them, what is finished is saved and the clients are told.
-    code = 0
+    on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
-    try:
-        config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
-        start_server(server_address=address, server=server, config=config, certificates=certificates)
-    except Stopped:
-        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
-    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
-        code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
-        if code == 1:
-            say(f"server.py: {end.code}", sys.stderr)
-    except BaseException as error:
-        code = fail(error)
-    registry.close({"stopped": "the server stopped before the last round"})
-    try:
-        strategy.close()
-    except BaseException as error:
-        code = code or fail(error)
-    progress.bar.close()
+    config = ServerConfig(num_rounds=args.num_rounds, round_timeout=args.round_timeout)
+    code = run_rounds(server, server_address=address, config=config, certificates=certificates)
+    code = end_rounds(server, code)
+    progress.close()
     curves.finish()
-    for what, name in (
-        ("model", "server.ptl"),
-        ("best", "best.ptl"),
-        ("history", "history.csv"),
-        ("picture", "metrics.png"),
-    ):
-        if (folder / name).exists():
-            say(f"{what}: {folder / name}")
-    if server.signum is not None:
-        code = 128 + server.signum
+    show_files(folder)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+
+
+def run_rounds(server, **kwargs):
+    """Run the rounds, up to the last or to whatever ends them before it. Returns the exit code."""
+    try:
+        start_server(server=server, **kwargs)
+    except Stopped:
+        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
+    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
+        if isinstance(end.code, str):
+            say(f"server.py: {end.code}", sys.stderr)
+            return 1
+        return end.code or 128 + signal.SIGTERM
+    except BaseException as error:
+        return fail(error)
+    return 0
+
+
+def end_rounds(server, code):
+    """Tell the clients, and save what is finished. Returns the exit code; `code` is that of the rounds."""
+    server.registry.close({"stopped": "the server stopped before the last round"})
+    try:
+        server.strategy.close()
+    except BaseException as error:
+        code = code or fail(error)
+    return 128 + server.signum if server.signum is not None else code
 
 
 def fail(error):

@@ -1,45 +1,46 @@
-"""FedAvg of our own: checks what devices send, averages it, and keeps the record of every finished round.
+"""What the server makes of its devices' results: checks, a mean, and other strategies behind the same checks.
 
-server.py runs it with its own loop; it also runs under Flower's plain `Server`. After a round, the record is kept in
-one worker thread, in order, while the devices train on: test, checkpoint, best checkpoint, history, curves, picture.
+Checked is what they share: it drops what cannot be averaged, has the next class aggregate the rest, and hands every
+finished round to the record (record.py). server.py runs them with its own loop; they also run under Flower's `Server`.
 """
 
-import copy
+import dataclasses
 import io
 import math
-import queue
-import threading
 import time
-from pathlib import Path
 
-from libs import np, pd, written_whole
+from libs import np, printable
 
-from flwr.common import ndarrays_to_parameters
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
-from engines import server_test_fn
-from nets import get_arrays, save_checkpoint, set_arrays
+from nets import get_arrays
+from record import EVALUATE_METRICS, FIT_METRICS, Record
 
-FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
-EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
-TEST_METRICS = ("test_loss", "test_accuracy")
-MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
-COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
-BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
-SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that saving does not slow them down
-DRAW_EVERY = 30  # seconds
+INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded
+RECORD_OPTIONS = ("last_round", "test_loaders", "about", "on_row", "log")
+
+
+def is_number(value):
+    """Whether `value` is a finite number: an int or float, but no bool, and none that a float cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def metrics_aggregation_fn(results):
     """The means of metrics, weighted by examples.
 
-    `results` is [(num_examples, {name: number}), …]; returns {name: float} for the names that all of them have, {}
-    for an empty list. Numbers of examples must be positive.
+    `results` is [(num_examples, {name: value}), …]; returns {name: float} for the names under which all of them have a
+    finite number, {} for an empty list. Numbers of examples must be positive.
     """
     if not results:
         return {}
     total = sum(num_examples for num_examples, _ in results)
-    names = [name for name in results[0][1] if all(name in metrics for _, metrics in results)]
+    names = [name for name in results[0][1] if all(is_number(metrics.get(name)) for _, metrics in results)]
     return {name: math.fsum(n / total * metrics[name] for n, metrics in results) for name in names}
 
 
@@ -55,13 +56,18 @@ def average(updates):
         mean = np.zeros(arrays[0].shape, np.float64)
         for (num_examples, _), array in zip(updates, arrays):
             mean += array * np.float64(num_examples / total)
-        if arrays[0].dtype.kind == "f":
-            means.append(mean.astype(arrays[0].dtype))
-        else:
-            low, high = np.minimum.reduce(arrays), np.maximum.reduce(arrays)
-            with np.errstate(invalid="ignore"):  # 2**63 - 1 rounds up in float64, and comes back by the clip
-                means.append(np.clip(np.rint(mean).astype(arrays[0].dtype), low, high))
+        means.append(as_sent(mean, arrays))
     return means
+
+
+def as_sent(mean, arrays):
+    """`mean`, a float64 array of something between the `arrays`, in their dtype; integers are rounded."""
+    dtype = arrays[0].dtype
+    if dtype.kind == "f":
+        return mean.astype(dtype)
+    low, high = np.minimum.reduce(arrays), np.maximum.reduce(arrays)
+    with np.errstate(invalid="ignore"):  # 2**63 - 1 rounds up in float64, and comes back by the clip
+        return np.clip(np.rint(mean).astype(dtype), low, high)
 
 
 class Rejected(Exception):
@@ -69,17 +75,22 @@ class Rejected(Exception):
 
 
 def check_metrics(metrics, names):
-    """Raise Rejected unless `metrics` holds a finite number under each of `names`, and none of it is an error."""
+    """The finite numbers under `names`, as floats. Raises Rejected where one is missing, or an error stands there.
+
+    Whatever else a device sends is left out: nothing is known of it.
+    """
+    if not isinstance(metrics, dict):
+        raise Rejected(f"its metrics are {printable(metrics)}, not a dictionary")
     if "error" in metrics:
         raise Rejected(printable(metrics["error"]))
     for name in names:
-        value = metrics.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise Rejected(f"metric {name} is {printable(value)}, not a finite number")
+        if not is_number(metrics.get(name)):
+            raise Rejected(f"metric {name} is {printable(metrics.get(name))}, not a finite number")
+    return {name: float(metrics[name]) for name in names}
 
 
 def check_examples(num_examples):
-    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
+    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or not 1 <= num_examples < 2**63:
         raise Rejected(f"number of examples is {printable(num_examples)}, not a positive integer")
 
 
@@ -110,151 +121,151 @@ def check_arrays(tensors, expected):
     return arrays
 
 
-def printable(value, limit=200):
-    """What a device sent, as one short line that a terminal can show."""
-    text = " ".join(str(value).split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def check_fit(res, expected):
+    """The FitRes `res` with its arrays read and its known metrics alone. Raises Rejected."""
+    metrics = check_metrics(res.metrics, FIT_METRICS)
+    check_examples(res.num_examples)
+    return dataclasses.replace(res, parameters=Arrays(check_arrays(res.parameters.tensors, expected)), metrics=metrics)
 
 
-class History:
-    """The rows of history.csv, a dictionary each; the file is rewritten whole whenever some are added."""
-
-    def __init__(self, path, last_round=0):
-        """Take over the rows of the rounds 1 to `last_round` from `path`. Raises ValueError when not all are there."""
-        self.path, self.rows = Path(path), []
-        if last_round:
-            try:
-                table = pd.read_csv(self.path)[list(COLUMNS)].astype(float)
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is missing or damaged: {error}") from None
-            table = table[table["round"] <= last_round]
-            if list(table["round"]) != list(range(1, last_round + 1)):
-                raise ValueError(f"{path} has not one row for each of the rounds 1 to {last_round}")
-            self.rows = table.astype({"round": int, "clients": int, "failures": int}).to_dict("records")
-
-    def extend(self, rows):
-        self.rows.extend(rows)
-        with written_whole(self.path) as part:
-            pd.DataFrame(self.rows, columns=COLUMNS).to_csv(part, index=False)
-
-    def draw(self, path, title):
-        """Draw loss and accuracy over rounds into the picture `path`."""
-        from matplotlib.figure import Figure  # half a second that nothing else needs
-
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
-        rounds = [row["round"] for row in self.rows]
-        for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-            for name in MEASURES:
-                if name.endswith(measure):
-                    axes.plot(rounds, [row[name] for row in self.rows], "." * (len(rounds) < 20) + "-", label=name)
-            axes.set(xlabel="round", ylabel=measure)
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.suptitle(title)
-        with written_whole(path) as part:
-            figure.savefig(part, format="png", dpi=110)
+def check_evaluate(res):
+    """The EvaluateRes `res` with its known metrics alone. Raises Rejected."""
+    metrics = check_metrics(res.metrics, EVALUATE_METRICS)
+    check_metrics({"loss": res.loss}, ("loss",))
+    check_examples(res.num_examples)
+    return dataclasses.replace(res, metrics=metrics)
 
 
-class FedAvg(strategy.FedAvg):
-    """Flower's FedAvg that drops what cannot be averaged, and keeps the record of each round beside `save_ckp_path`.
+def client_figures(results):
+    """The metrics of checked results, under the names that they have in the curves."""
+    return {f"clients/{client.cid}/{name}": value for client, res in results for name, value in res.metrics.items()}
 
-    initial_model: the net that training starts from; round 1's devices get its parameters.
-    save_ckp_path: where the newest global model goes; best.ptl, history.csv and metrics.png go beside it.
-    last_round: the last round that is finished already; history.csv is continued after it.
-    test_loaders: {"test": loader} to test each round's global model on (engines.server_test_fn), or None.
-    about: further entries of the checkpoint (nets.save_checkpoint).
-    on_row, on_drop: called with each finished row of history.csv, and with (round, cid, reason) for each result
-        that is dropped.
-    log: called as log(dictionary, step=round), such as the `log` of a wandb run.
 
-    After the last round, `close` waits until all rounds are recorded; it raises what went wrong in the worker, as
-    `check` does in between.
+def by_cid(result):
+    """Sorts results by cid: as numbers where they are numbers, as text after those where they are Flower's own."""
+    cid = str(result[0].cid)
+    return (int(cid), cid) if cid.isdecimal() else (math.inf, cid)
+
+
+class Arrays(Parameters):
+    """Parameters as the list `arrays`. Flower's strategies read `tensors`, which are made of them when asked for.
+
+    Those are float64, in which a mean of two large values does not overflow. Integers, which count batches
+    (num_batches_tracked), are scaled down to nothing: in Krum's distances they would drown what was learned.
     """
 
-    def __init__(
-        self,
-        initial_model,
-        save_ckp_path,
-        *args,
-        last_round=0,
-        test_loaders=None,
-        about=None,
-        on_row=None,
-        on_drop=None,
-        log=None,
-        **kwargs,
-    ):
+    def __init__(self, arrays):
+        self.arrays, self.tensor_type = arrays, "numpy.ndarray"
+
+    @property
+    def tensors(self):
+        scales = [1.0 if array.dtype.kind == "f" else INTEGER_SCALE for array in self.arrays]
+        return ndarrays_to_parameters([array * np.float64(s) for array, s in zip(self.arrays, scales)]).tensors
+
+    @classmethod
+    def of_flower(cls, parameters, sent):
+        """What a strategy made of `sent`, [Arrays, …], in the dtypes that were sent."""
+        made = []
+        for array, *arrays in zip(parameters_to_ndarrays(parameters), *(one.arrays for one in sent)):
+            made.append(as_sent(array if arrays[0].dtype.kind == "f" else array / INTEGER_SCALE, arrays))
+        return cls(made)
+
+
+class Checked:
+    """Stands before one of Flower's strategies: drops what cannot be averaged, and hands each round to its record.
+
+    initial_model: the net that training starts from; round 1's devices get its parameters.
+    save_ckp_path: where the newest global model goes; the rest of the record goes beside it (record.Record).
+    on_drop: called with (round, cid, reason) for each result that is dropped.
+    record: a record.Record to take; without one it makes its own from the options last_round, test_loaders, about,
+        on_row and log.
+
+    The results go on to the strategy by cid, with their known metrics alone. `reasons` has why those of the last
+    aggregate_fit were dropped, {cid: text}. After the last round, `close` waits until all rounds are recorded; it
+    raises what went wrong there, as `check` does in between.
+    """
+
+    least = 1  # results that the strategy needs
+
+    def __init__(self, initial_model, save_ckp_path=None, *args, on_drop=None, record=None, **kwargs):
+        options = {name: kwargs.pop(name) for name in RECORD_OPTIONS if name in kwargs}
         arrays = get_arrays(initial_model)
         initial = ndarrays_to_parameters(arrays)
+        self.given = set(kwargs)
         kwargs.setdefault("initial_parameters", initial)
         kwargs.setdefault("fit_metrics_aggregation_fn", metrics_aggregation_fn)
         kwargs.setdefault("evaluate_metrics_aggregation_fn", metrics_aggregation_fn)
         super().__init__(*args, **kwargs)
-        self.save_ckp_path = Path(save_ckp_path)
-        self.save_ckp_path.parent.mkdir(parents=True, exist_ok=True)
-        self.test_loaders, self.about = test_loaders, about or {}
-        self.on_row, self.on_drop, self.log = on_row, on_drop, log
-        self.model = copy.deepcopy(initial_model)  # the worker's own, to test and save
+        self.model, self.on_drop = initial_model, on_drop
+        self.record = record or Record(initial_model, save_ckp_path, **options)
+        self.save_ckp_path = self.record.path
         headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
-        self.expected = list(zip(self.model.state_dict(), arrays, headers))
-        self.history = History(self.save_ckp_path.with_name("history.csv"), last_round)
-        self.best = max((row["test_accuracy"] for row in self.history.rows if row["test_accuracy"] >= 0), default=-1.0)
-        self.row = self.arrays = self.devices = self.started = None  # of the round that is under way
-        self.failures = 0
-        self.error = None
-        self.drawn = time.monotonic()
-        self.rounds = queue.Queue(BACKLOG)
-        self.worker = threading.Thread(target=self._keep_record, daemon=True)
-        self.worker.start()
+        self.expected = list(zip(initial_model.state_dict(), arrays, headers))
+        self.reasons = {}
+        self.failures = 0  # since the last finished round
+        self.started = None  # when the round under way was
+        self.row = None  # of the round under way, once somebody trained in it
+        self.arrays, self.clients = None, {}  # and what belongs to it
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What Flower calls.
+    def check(self):
+        """Raise what went wrong with the record, if anything did."""
+        self.record.check()
+
+    def close(self):
+        """Hand over the round that is under way, if somebody trained in it, and wait for the record."""
+        self._finish_row()
+        self.record.close()
+
+    def adapt(self, num_results):
+        """Set what depends on the number of results to aggregate."""
 
     def configure_fit(self, server_round, parameters, client_manager):
         self.started = time.monotonic()
         return super().configure_fit(server_round, parameters, client_manager)
 
     def aggregate_fit(self, server_round, results, failures):
-        """Average what passes the checks: (Parameters, metrics), or (None, {}) where nothing does."""
+        """Aggregate what passes the checks: (Parameters, metrics), or (None, {}) where too little does."""
         self.check()
         self._finish_row()
+        self.reasons = {}
         self._count(server_round, failures)
-        kept = []
-        for client, res in sorted(results, key=lambda result: str(result[0].cid).zfill(9)):
-            try:
-                check_metrics(res.metrics, FIT_METRICS)
-                check_examples(res.num_examples)
-                kept.append((client.cid, res, check_arrays(res.parameters.tensors, self.expected)))
-            except Rejected as reason:
-                self._drop(server_round, client.cid, reason)
-        if not kept or (failures and not self.accept_failures):
+        kept = self._keep(server_round, results, lambda res: check_fit(res, self.expected))
+        if len(kept) < self.least:
+            for client, _ in kept:
+                self._drop(server_round, client.cid, f"{len(kept)} results are too few, {self.least} are needed")
             return None, {}
-        self.arrays = average([(res.num_examples, arrays) for _, res, arrays in kept])
-        metrics = self.fit_metrics_aggregation_fn([(res.num_examples, res.metrics) for _, res, _ in kept])
-        self.row = {**dict.fromkeys(COLUMNS, math.nan), "round": server_round, "clients": len(kept)}
+        self.adapt(len(kept))
+        parameters, metrics = super().aggregate_fit(server_round, kept, failures)
+        if parameters is None:
+            return None, {}
+        if not isinstance(parameters, Arrays):
+            parameters = Arrays.of_flower(parameters, [res.parameters for _, res in kept])
+        self.arrays = parameters.arrays
+        self.row = {"round": server_round, "clients": len(kept)}
         self.row.update({name: metrics[name] for name in FIT_METRICS if name in metrics})
-        self.devices = {f"clients/{cid}/{name}": res.metrics[name] for cid, res, _ in kept for name in FIT_METRICS}
+        self.clients = client_figures(kept)
         return ndarrays_to_parameters(self.arrays), metrics
 
     def aggregate_evaluate(self, server_round, results, failures):
-        """Average the devices' measures of the global model, and hand the finished round to the worker."""
+        """Average the devices' measures of the global model, and hand the finished round to the record."""
         self._count(server_round, failures)
-        kept = []
-        for client, res in results:
-            try:
-                check_metrics({**res.metrics, "loss": res.loss}, ("loss", *EVALUATE_METRICS))
-                check_examples(res.num_examples)
-                kept.append((client.cid, res))
-            except Rejected as reason:
-                self._drop(server_round, client.cid, reason)
-        metrics = self.evaluate_metrics_aggregation_fn([(res.num_examples, res.metrics) for _, res in kept])
+        kept = self._keep(server_round, results, check_evaluate)
+        loss, metrics = super().aggregate_evaluate(server_round, kept, failures)
         if self.row is not None:
             self.row.update({name: metrics[name] for name in EVALUATE_METRICS if name in metrics})
-            for cid, res in kept:
-                self.devices.update({f"clients/{cid}/{name}": res.metrics[name] for name in EVALUATE_METRICS})
+            self.clients.update(client_figures(kept))
             self._finish_row()
-        return metrics.get("global_eval_loss"), metrics
+        return loss, metrics
+
+    def _keep(self, server_round, results, check):
+        """The results as `check` gives them back, by cid; those that it rejects are dropped."""
+        kept = []
+        for client, res in sorted(results, key=by_cid):
+            try:
+                kept.append((client, check(res)))
+            except Rejected as reason:
+                self._drop(server_round, client.cid, reason)
+        return kept
 
     def _count(self, server_round, failures):
         for failure in failures:
@@ -266,88 +277,59 @@ class FedAvg(strategy.FedAvg):
 
     def _drop(self, server_round, cid, reason):
         self.failures += 1
+        self.reasons[cid] = str(reason)
         if self.on_drop is not None:
             self.on_drop(server_round, cid, reason)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The record.
-
-    def check(self):
-        """Raise what went wrong in the worker, if anything did."""
-        if self.error is not None:
-            raise self.error
-
-    def close(self):
-        """Record the rounds that are finished and still wait, draw the picture, and end the worker."""
-        self._finish_row()
-        self._put(None)
-        self.worker.join()
-        self.check()
-        if self.history.rows:
-            self._draw()
 
     def _finish_row(self):
         if self.row is None:
             return
         row, self.row = self.row, None
         row["failures"], self.failures = self.failures, 0
-        row["round_seconds"] = time.monotonic() - self.started if self.started is not None else math.nan
-        self._put((row, self.arrays, self.devices))
+        if self.started is not None:
+            row["round_seconds"] = time.monotonic() - self.started
+        self.record.add(row, self.arrays, self.clients)
 
-    def _put(self, finished):
-        while self.worker.is_alive():
-            try:
-                return self.rounds.put(finished, timeout=0.5)
-            except queue.Full:
-                continue
 
-    def _keep_record(self):
-        """The worker: test each finished round and save it, at once or with those that end within SAVE_EVERY."""
-        tested, due, closing = [], 0.0, False
-        try:
-            while not closing:
-                try:
-                    finished = self.rounds.get(timeout=max(0.0, due - time.monotonic()) if tested else None)
-                    closing = finished is None
-                    if not closing:
-                        tested.append(self._test(*finished))
-                except queue.Empty:
-                    pass
-                if tested and (closing or time.monotonic() >= due):
-                    self._save(tested)
-                    tested, due = [], time.monotonic() + SAVE_EVERY
-        except BaseException as error:
-            self.error = error
+class Mean(strategy.FedAvg):
+    """Flower's FedAvg with the mean of `average`: Flower's own sums in float32 and turns integers into 0."""
 
-    def _test(self, row, arrays, devices):
-        if self.test_loaders is not None:
-            set_arrays(self.model, arrays)
-            row.update(server_test_fn(self.test_loaders, self.model))
-        return row, arrays, devices
+    def aggregate_fit(self, server_round, results, failures):
+        if not results or (failures and not self.accept_failures):
+            return None, {}
+        metrics = self.fit_metrics_aggregation_fn([(res.num_examples, res.metrics) for _, res in results])
+        return Arrays(average([(res.num_examples, res.parameters.arrays) for _, res in results])), metrics
 
-    def _save(self, tested):
-        """Save tested rounds. The checkpoint comes last: a killed run goes on from it and drops later rows."""
-        self.history.extend(row for row, _, _ in tested)
-        for row, arrays, _ in tested:
-            if row["test_accuracy"] > self.best:
-                self.best = row["test_accuracy"]
-                self._save_checkpoint("best.ptl", row, arrays)
-        self._save_checkpoint(self.save_ckp_path.name, *tested[-1][:2])
-        for row, _, devices in tested:
-            if self.log is not None:
-                measured = {name: row[name] for name in COLUMNS[1:] if row[name] == row[name]}
-                self.log({**measured, **devices}, step=row["round"])
-            if self.on_row is not None:
-                self.on_row(row)
-        if time.monotonic() - self.drawn > DRAW_EVERY:
-            self._draw()
 
-    def _save_checkpoint(self, name, row, arrays):
-        set_arrays(self.model, arrays)
-        measured = {name: row[name] for name in COLUMNS if row[name] == row[name]}  # nan: could not be measured
-        about = {**self.about, "round": row["round"], "metrics": {**dict.fromkeys(COLUMNS), **measured}}
-        save_checkpoint(self.save_ckp_path.with_name(name), self.model, about)
+class FedAvg(Checked, Mean):
+    """The mean, weighted by examples (McMahan et al. 2017, arXiv 1602.05629)."""
 
-    def _draw(self):
-        self.history.draw(self.save_ckp_path.with_name("metrics.png"), self.about.get("dataset") or "")
-        self.drawn = time.monotonic()
+
+class FedMedian(Checked, strategy.FedMedian):
+    """The median of each value (Yin et al. 2018, arXiv 1803.01498). Of two it is their mean."""
+
+
+class FedTrimmedAvg(Checked, strategy.FedTrimmedAvg):
+    """The mean of each value without its extremes: a fifth at each end, and one of three or four (arXiv 1803.01498)."""
+
+    def adapt(self, num_results):
+        if "beta" not in self.given:
+            self.beta = max(0.2, 1 / num_results) if num_results > 2 else 0.0
+
+
+class Krum(Checked, strategy.Krum):
+    """The mean without the models that lie farthest from the others (Multi-Krum, Blanchard et al. 2017, 1703.02757).
+
+    Of n models (n - 3) / 2 are left out, and at least one.
+    """
+
+    least = 3
+
+    def adapt(self, num_results):
+        if "num_malicious_clients" not in self.given:
+            self.num_malicious_clients = max(1, (num_results - 3) // 2)
+        if "num_clients_to_keep" not in self.given:
+            self.num_clients_to_keep = num_results - self.num_malicious_clients
+
+
+STRATEGIES = {cls.__name__: cls for cls in (FedAvg, FedMedian, FedTrimmedAvg, Krum)}

@@ -12,7 +12,7 @@ partition() {
 }
 
 processes=()
-trap 'kill "${processes[@]}" 2>/dev/null; wait' EXIT
+trap '[ ${#processes[@]} -eq 0 ] || kill "${processes[@]}" 2>/dev/null; wait' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

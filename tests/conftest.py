@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import cv2
+import numpy as np
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +164,35 @@ def cifar10():
     if not (folder / "cifar10-images.zip").exists():
         pytest.skip("the real CIFAR-10 images are not in ../shared/cifar10")
     return folder
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs partition.py in this process, with a datasets/ folder of the test's own; gives the dataset's folder."""
+    monkeypatch.setattr(partition, "DATASETS", tmp_path / "datasets")
+
+    def make(dataset, *args):
+        monkeypatch.setattr(sys, "argv", ["partition.py", "--dataset", dataset, *map(str, args)])
+        partition.main()
+        return tmp_path / "datasets" / dataset
+
+    return make
+
+
+def tree(folder):
+    """What lies under `folder`, hidden or not: {relative path: bytes, or None for a folder}."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def shards(folder):
+    """The tables of all clients, by cid."""
+    count = len(list((folder / "clients").iterdir()))
+    return [pd.read_csv(folder / "clients" / f"client_{cid}.csv") for cid in range(count)]
+
+
+def images(folder, split):
+    """All images of a split and their labels from the CSVs: [(label, array)]."""
+    table = pd.concat(shards(folder)) if split == "train" else pd.read_csv(folder / "test.csv")
+    assert len(table) == len(list((folder / split).iterdir()))
+    return [(row.label, np.load(folder / split / f"{row.id}.npy")) for row in table.itertuples()]

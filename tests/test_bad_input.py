@@ -290,7 +290,7 @@ LAYOUT = {f"{split}/{name}/{index}.png": PNG for split in ("train", "test") for 
 @pytest.mark.parametrize(
     "changes, culprit",
     [
-        ({"train/a/notes.txt": b"to do"}, "train/a/notes.txt"),
+        ({"train/a/notes.png": b"to do"}, "train/a/notes.png"),
         ({"test/b/9.png": b""}, "test/b/9.png"),
         ({"test/c/1.png": PNG}, "class c"),
         ({name: None for name in LAYOUT if name.startswith("train")}, "train/<class>/*"),

@@ -7,6 +7,7 @@ from libs import UserError
 
 import pytest
 import torch
+from flwr.proto.transport_pb2 import ServerMessage
 
 import client
 from nets import LeNet5
@@ -45,14 +46,19 @@ def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
 def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(trainer, monkeypatch, capsys):
     monkeypatch.setattr(client, "probe", lambda *args: None)
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    ends = iter([StopIteration, None])
+    ends = iter(["in good order", "with a goodbye"])
 
-    def start_client(**kwargs):
-        end = next(ends)
-        if end is not None:
-            raise end
+    class Server:
+        """A server whose first connection ends without a goodbye."""
 
-    monkeypatch.setattr(client, "start_client", start_client)
+        def __init__(self, channel):
+            pass
+
+        def Join(self, answers):
+            if next(ends) == "with a goodbye":
+                yield ServerMessage(reconnect_ins=ServerMessage.ReconnectIns())
+
+    monkeypatch.setattr(client, "FlowerServiceStub", Server)
     monkeypatch.setattr(client, "watch_silence", lambda *args: None)
     assert client.stay_connected(trainer, "127.0.0.1", 1, None, 60) == 0
     lines = capsys.readouterr().out.splitlines()

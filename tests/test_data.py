@@ -101,6 +101,46 @@ def test_shuffle_takes_each_image_once_with_its_label_in_a_new_order(tmp_path):
     assert [labels.tolist() for _, labels in loader] == first
 
 
+@pytest.mark.parametrize(
+    "count, sizes",
+    [(1, [1]), (2, [2]), (31, [31]), (32, [32]), (33, [33]), (34, [32, 2]), (64, [32, 32]), (65, [32, 33])],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_last_batch_of_one_joins_the_one_before(tmp_path, count, sizes, shuffle):
+    dataset = ImageDataset(write_shard(tmp_path, random_images(count, 32, 32)), tmp_path)
+    loader = BatchLoader(dataset, 32, shuffle)
+    batches = list(loader)
+    assert [len(labels) for _, labels in batches] == [len(images) for images, _ in batches] == sizes
+    assert len(loader) == len(batches)
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [33, 65])
+def test_net_with_batch_norm_over_single_values_trains_on_any_shard(tmp_path, count):
+    """As plain torch does, given the same batches; on one image alone torch itself refuses."""
+
+    def net():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Flatten(), nn.Linear(1024, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+    with pytest.raises(ValueError, match="more than 1 value"):
+        net()(torch.rand(1, 1, 32, 32))
+    images = random_images(count, 32, 32)
+    dataset = ImageDataset(write_shard(tmp_path, images, labels=np.arange(count) % 3), tmp_path)
+    model, plain = net(), net()
+    loaders = {"fit": BatchLoader(dataset, 32), "eval": BatchLoader(dataset, 64)}
+    metrics = client_fit_fn(loaders, model, num_epochs=2)
+    pixels, labels = torch.tensor(images)[:, None] / 255, torch.arange(count) % 3
+    starts = list(range(0, count - 1, 32))
+    cuts = [slice(start, end) for start, end in zip(starts, [*starts[1:], count])]
+    fit = [(pixels[cut], labels[cut]) for cut in cuts]
+    fit_loss, fit_accuracy = plain_fit(plain, fit, 2, 1e-3)
+    assert metrics["fit_loss"] == pytest.approx(fit_loss, rel=1e-5)
+    assert metrics["fit_accuracy"] == pytest.approx(fit_accuracy, rel=1e-5)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def test_to_moves_the_shard_and_gives_it_back(tmp_path):
     dataset = ImageDataset(write_shard(tmp_path, random_images(4, 32, 32, 3)), tmp_path)
     before = [(image.clone(), label) for image, label in (dataset[index] for index in range(4))]

@@ -102,3 +102,22 @@ def test_nothing_but_our_own_short_lines_is_shown(trained):
 def test_picture_is_drawn(trained):
     picture = cv2.imread(str(trained.ckps("CIFAR10") / "metrics.png"))
     assert picture.shape[0] > 300 and picture.shape[1] > 800 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 8
+
+
+def test_the_strategy_that_is_asked_for_makes_the_global_model(tiny):
+    server = tiny.server("--dataset", "Tiny", "--num_clients", 3, "--num_rounds", 2, "--strategy", "FedMedian")
+    clients = [tiny.client(cid, "--dataset", "Tiny") for cid in range(3)]
+    assert server.wait(120) == 0 and [client.wait(20) for client in clients] == [0, 0, 0], server
+    assert list(pd.read_csv(tiny.ckps("Tiny") / "history.csv")["clients"]) == [3, 3]
+    local = [torch.load(tiny.ckps("Tiny") / f"client_{cid}.ptl", weights_only=True)["model"] for cid in range(3)]
+    for name, tensor in torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["model"].items():
+        median = np.median([model[name].numpy() for model in local], axis=0)
+        assert tensor.dtype == local[0][name].dtype
+        np.testing.assert_allclose(tensor.numpy(), median, rtol=1e-6)
+
+
+def test_a_strategy_that_needs_more_clients_says_so(tiny):
+    for args in (["--num_clients", 2], ["--num_clients", 5, "--min_clients", 2]):
+        process = tiny.run("server.py", "--dataset", "Tiny", "--strategy", "Krum", *args)
+        assert process.popen.returncode == 2 and process.err.count("\n") == 1
+        assert "--strategy Krum needs rounds of 3 clients or more" in process.err

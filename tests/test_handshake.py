@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import hmac
+import json
 import queue
 import re
 import shutil
@@ -15,14 +16,22 @@ import psutil
 import pytest
 from test_faults import lines, new_suite, start_patched
 
-OTHER_NET = "class OtherNet(script.Net): pass\nscript.Net = OtherNet"
+NO_SUCH_NET = "script.NETS.clear()"
 OTHER_SHAPES = """
 import torch
-class LeNet5(script.Net):
+class LeNet5(script.NETS["LeNet5"]):
     def __init__(self, *args):
         super().__init__(*args)
-        self.classifier = torch.nn.Linear(84, 11)
-script.Net = LeNet5
+        self.layer3[2] = torch.nn.Linear(120, 84, bias=False)
+script.NETS["LeNet5"] = LeNet5
+"""
+OTHER_POOLING = """
+import torch
+class LeNet5(script.NETS["LeNet5"]):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.layer2[3] = torch.nn.AvgPool2d(2)
+script.NETS["LeNet5"] = LeNet5
 """
 PLAIN_FLOWER = """
 import sys; sys.path[0] = {root!r}
@@ -81,8 +90,8 @@ def met(open_suite, certificates):
     """A server for two clients without a secret, which many that do not belong there want to join."""
     laptop = open_suite("laptop")
     port = laptop.port
-    first, copy, other_net, other_shapes, rebooted = (
-        open_suite(name, port) for name in ("first", "copy", "other_net", "other_shapes", "rebooted")
+    first, copy, no_net, other_shapes, other_pooling, rebooted = (
+        open_suite(name, port) for name in ("first", "copy", "no_net", "other_shapes", "other_pooling", "rebooted")
     )
     laptop.server("--server_address", "0.0.0.0", "--dataset", "Tiny", "--num_clients", 2)
     (server,) = laptop.processes
@@ -93,9 +102,10 @@ def met(open_suite, certificates):
         "same process": first.client(0, "--dataset", "Tiny"),
         "dataset": copy.client(1, "--dataset", "Other"),
         "beyond": copy.client(2, "--dataset", "Tiny"),
-        "net": start_patched(other_net, "client", OTHER_NET, "--cid", 1),
+        "net": start_patched(no_net, "client", NO_SUCH_NET, "--cid", 1),
         "fingerprint": start_patched(other_shapes, "client", OTHER_SHAPES, "--cid", 1),
-        "TLS": other_net.client(2, "--dataset", "Tiny", "--root_certificate", certificates / "ca.pem"),
+        "pooling": start_patched(other_pooling, "client", OTHER_POOLING, "--cid", 1),
+        "TLS": no_net.client(2, "--dataset", "Tiny", "--root_certificate", certificates / "ca.pem"),
     }
     plain = laptop.start("-c", PLAIN_FLOWER.format(root=str(laptop.root), port=port))
     for process in (plain, *refused.values()):
@@ -124,8 +134,9 @@ def met(open_suite, certificates):
         ("in use", "cid 0 is in use by another device"),
         ("dataset", "its dataset is Other, the server's is Tiny"),
         ("beyond", "cid 2 is not in 0..1 (server's --num_clients 2)"),
-        ("net", "its net is OtherNet, the server's is LeNet5"),
+        ("net", "its nets.py has no net LeNet5"),
         ("fingerprint", "its fingerprint is "),
+        ("pooling", "its LeNet5 computes something else than the server's: nets.py differs"),
     ],
 )
 def test_client_that_does_not_fit_is_turned_away_with_its_reason(met, who, reason):
@@ -235,11 +246,14 @@ class Stranger(threading.Thread):
         return self.asked
 
 
-def properties(**others):
-    from nets import LeNet5, fingerprint
+def properties(dataset_id, **others):
+    """All that a right client says of itself, at once."""
+    from nets import LeNet5, fingerprint, trial
 
-    mine = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32, "net": "LeNet5", "num_fit": 160, "num_eval": 40}
-    return {**mine, "fingerprint": fingerprint(LeNet5(3, 10)), **others}
+    who = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32, "process": "0" * 16}
+    dataset = {"channels": 3, "num_classes": 10, "dataset_id": dataset_id, "num_fit": 160, "num_eval": 40}
+    net = {"fingerprint": fingerprint(LeNet5(3, 10)), "trial": trial(LeNet5(3, 10)).tobytes()}
+    return {**who, **dataset, **net, **others}
 
 
 def proof(secret, nonce, cid):
@@ -266,17 +280,17 @@ def guarded(open_suite):
 
     nothing = Stranger(laptop.port, lambda config: {})
     rude = Stranger(laptop.port, lambda config: {"cid": "\x1b[2J" + 1000 * "!", "proof": "\x1b[2J"})
-    nonces = []
+    nonces, dataset_id = [], json.loads((laptop.root / "datasets/Tiny/dataset.json").read_text())["id"]
 
     def overheard(config):
         nonces.append(config.get("nonce"))
-        return properties(proof=proof(b"tell nobody", nonces[0], 0))
+        return properties(dataset_id, proof=proof(b"tell nobody", nonces[0], 0))
 
     def of_another_cid(config):
-        return properties(proof=proof(b"tell nobody", config.get("nonce"), 1))
+        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 1))
 
     def right(config):
-        return properties(proof=proof(b"tell nobody", config.get("nonce"), 0))
+        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 0))
 
     guarded["strangers"] = {"nothing": nothing.all_asked(), "rude": rude.all_asked()}
     guarded["strangers"]["of another cid"] = Stranger(laptop.port, of_another_cid).all_asked()

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -26,46 +27,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Suite, free_port
+from conftest import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import partition
+from data import load_shard, load_test
 from nets import LeNet5
-
-
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """Runs partition.py in this process, with a datasets/ folder of the test's own; gives the dataset's folder."""
-    monkeypatch.setattr(partition, "DATASETS", tmp_path / "datasets")
-
-    def make(dataset, *args):
-        monkeypatch.setattr(sys, "argv", ["partition.py", "--dataset", dataset, *map(str, args)])
-        partition.main()
-        return tmp_path / "datasets" / dataset
-
-    return make
-
-
-def tree(folder):
-    """What lies under `folder`, hidden or not: {relative path: bytes, or None for a folder}."""
-    paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def shards(folder):
-    """The tables of all clients, by cid."""
-    count = len(list((folder / "clients").iterdir()))
-    return [pd.read_csv(folder / "clients" / f"client_{cid}.csv") for cid in range(count)]
-
-
-def images(folder, split):
-    """All images of a split and their labels from the CSVs: [(label, array)]."""
-    table = pd.concat(shards(folder)) if split == "train" else pd.read_csv(folder / "test.csv")
-    assert len(table) == len(list((folder / split).iterdir()))
-    return [(row.label, np.load(folder / split / f"{row.id}.npy")) for row in table.itertuples()]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards.
@@ -151,11 +120,15 @@ def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, sha
     folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--eval_fraction", 0.25, "--seed", 7)
     info = json.loads((folder / "dataset.json").read_text())
     assert hashlib.md5(shapes_zip.read_bytes()).hexdigest() in info.pop("checksum")
+    digests = [info.pop("id"), info.pop("test"), *info.pop("shards")]  # tests/test_cut.py has more on them
+    assert len(set(digests)) == 5 and all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests)
     assert info == {
         "dataset": "Tiny",
         "classes": "bar circle cross diamond hexagon ring sector square star triangle".split(),
         "channels": 3,
         "image_size": [32, 32],
+        "fit": "squash",
+        "levels": None,
         "num_train": 600,
         "num_test": 100,
         "num_clients": 3,
@@ -281,22 +254,26 @@ def test_zip_with_paths_that_lead_out_writes_nothing_outside(make, tmp_path, sha
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders and zips of images. Each image has a size of its own, by which it is found again.
+# Folders and zips of images.
 
 
 def write_pictures(folder, extension, mode="RGB", **options):
-    """Images of two classes as train/<class>/* and test/<class>/*: {(height, width): (split, class, PIL's pixels)}."""
+    """Images of two classes as train/<class>/* and test/<class>/*: [(split, class, PIL's pixels at 32×32)].
+
+    Some are of that size, others larger; PIL knows INTER_AREA as BOX only where it divides, so OpenCV resizes them.
+    """
     rng = np.random.RandomState(0)
-    expected = {}
+    expected = []
     for number, (split, name) in enumerate((s, c) for s in ("train", "test") for c in ("zebra", "ant") for _ in "123"):
         small = rng.randint(0, 256, (4, 4, 3)).astype(np.uint8)
-        size = (20 + number, 40 - number)
+        size = (20 + number, 40 - number) if number % 3 else (32, 32)
         picture = Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC).convert(mode)
         path = folder / split / name / f"{number}.{extension}"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, **options)
         with Image.open(path) as reread:
-            expected[size] = split, name, np.array(reread.convert("L" if mode == "L" else "RGB"))
+            pixels = np.array(reread.convert("L" if mode == "L" else "RGB"))
+        expected.append((split, name, cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)))
     return expected
 
 
@@ -305,17 +282,20 @@ def zipped(folder):
 
 
 def check_pictures(folder, expected, tolerance=0):
+    """Each picture is there once, in its split and class."""
     info = json.loads((folder / "dataset.json").read_text())
-    assert info["classes"] == ["ant", "zebra"] and info["image_size"] is None
-    found = 0
-    for split in ("train", "test"):
-        for label, image in images(folder, split):
-            expected_split, name, pixels = expected[image.shape[:2]]
-            assert (split, info["classes"][label]) == (expected_split, name)
+    assert info["classes"] == ["ant", "zebra"] and info["image_size"] == [32, 32]
+    written = [(split, label, image) for split in ("train", "test") for label, image in images(folder, split)]
+    assert len(written) == len(expected)
+    for split, name, pixels in expected:
+        for index, (written_split, label, image) in enumerate(written):
             assert image.dtype == np.uint8 and image.shape == pixels.shape
-            assert np.abs(image.astype(int) - pixels).max() <= tolerance
-            found += 1
-    assert found == len(expected)
+            if (written_split, info["classes"][label]) == (split, name):
+                if np.abs(image.astype(int) - pixels).max() <= tolerance:
+                    del written[index]
+                    break
+        else:
+            raise AssertionError(f"no such image in {split}/{name}")
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
@@ -331,20 +311,30 @@ def test_jpegs_arrive_nearly_as_pil_reads_them(make, tmp_path):
     check_pictures(make("Pictures", "--source", tmp_path / "pictures", "--num_clients", 2), expected, tolerance=4)
 
 
+@pytest.mark.parametrize("name", ["FashionMNIST", "Pictures"])
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
-def test_dataset_named_like_mnist_is_grey(make, tmp_path, packed):
+def test_dataset_of_grey_images_is_grey(make, tmp_path, packed, name):
     source = tmp_path / "pictures"
     expected = write_pictures(source, "png", "L")
-    folder = make("FashionMNIST", "--source", zipped(source) if packed else source, "--num_clients", 2)
+    folder = make(name, "--source", zipped(source) if packed else source, "--num_clients", 2)
     check_pictures(folder, expected)
     assert {image.ndim for _, image in images(folder, "train")} == {2}
     assert json.loads((folder / "dataset.json").read_text())["channels"] == 1
+    assert load_shard(folder, 0, "cpu")[0]["fit"].dataset.images.shape[1:] == (1, 32, 32)
 
 
 def test_grey_images_in_a_coloured_dataset_get_three_equal_channels(make, tmp_path):
     expected = write_pictures(tmp_path / "pictures", "png", "L")
-    folder = make("Pictures", "--source", tmp_path / "pictures", "--num_clients", 2)
-    check_pictures(folder, {size: (*where, np.dstack([grey] * 3)) for size, (*where, grey) in expected.items()})
+    (tmp_path / "pictures" / "test" / "ant" / "9.png").unlink()  # its place is taken by a coloured one
+    coloured = np.full((32, 32, 3), (10, 200, 90), np.uint8)
+    Image.fromarray(coloured).save(tmp_path / "pictures" / "test" / "ant" / "9.png")
+    expected = [(split, name, np.dstack([grey] * 3)) for split, name, grey in expected]
+    expected[9] = "test", "ant", coloured
+    folder = make("MNIST-M", "--source", tmp_path / "pictures", "--num_clients", 2)
+    check_pictures(folder, expected)
+    assert json.loads((folder / "dataset.json").read_text())["channels"] == 3
+    load_shard(folder, 0, "cpu")
+    load_test(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,8 +538,8 @@ def test_bundle_unpacked_at_the_root_of_a_device_gives_its_shard(make, shapes_zi
     with tarfile.open(folder / "bundles" / "client_1.tar") as tar:
         tar.extractall(device.root, filter="data")
     code = f"""import sys; sys.path.insert(0, {str(device.root)!r})
-from client import load_shard
-loaders, info = load_shard("Tiny", 1, "cpu")
+from client import DATASETS, load_shard
+loaders, info = load_shard(DATASETS / "Tiny", 1, "cpu")
 for phase in ("fit", "eval"):
     print(phase, int(loaders[phase].dataset.images.sum()), loaders[phase].dataset.labels.tolist())
 print(info["channels"], *info["classes"])"""

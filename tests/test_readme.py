@@ -6,9 +6,11 @@ import sys
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT
 
+import partition
 from nets import LeNet5, save_checkpoint
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,3 +51,40 @@ def test_five_lines_use_a_trained_model(tiny):
     cv2.imwrite(str(tiny.root / "frog.jpg"), np.full((50, 40, 3), 99, np.uint8))
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny.root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() in classes, done.stderr
+
+
+def write_photos(folder, kind):
+    """Shapes of three classes, enlarged and with grain: as PNGs in colour, in grey, or of 12 bits and not square."""
+    rng = np.random.RandomState(0)
+    for split, _, drawn in partition.draw_shapes(2000, 200)[2]:
+        for index, (image, label) in enumerate(drawn):
+            if label < 3:
+                image = cv2.resize(image, (144, 160), interpolation=cv2.INTER_CUBIC)
+                image = image[:, :, ::-1].astype(float) if kind == "colour" else image.mean(2)
+                image = np.clip(image + rng.normal(0, 150, image.shape), 0, 255)
+                image = image.astype(np.uint8) if kind != "12 bits" else (800 + image * 4).astype(np.uint16)
+                path = folder / split / partition.SHAPES[label] / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), image)
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey", "12 bits"])
+def test_lines_for_a_trained_model_are_as_right_as_its_test_says(suite, kind):
+    write_photos(suite.root / "photos", kind)
+    how = ("--image_size", "40x36", "--fit", "crop") if kind == "12 bits" else ()
+    suite.partition("--dataset", "Photos", "--source", suite.root / "photos", "--num_clients", 1, *how)
+    server = suite.server("--dataset", "Photos", "--num_clients", 1, "--num_rounds", 4, "--num_epochs", 3)
+    suite.client(0, "--dataset", "Photos")
+    assert server.wait(240) == 0, server
+    checkpoint = torch.load(suite.ckps("Photos") / "best.ptl", weights_only=True)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("ckps/CIFAR10", "ckps/Photos")
+    driver = f"""import pathlib, sys; sys.path.insert(0, ".")
+for path in sorted(pathlib.Path("photos/test").glob("*/*")):
+    print(path.parent.name, end=" ")
+    exec({code!r}.replace("frog.jpg", str(path)))"""
+    done = subprocess.run([sys.executable, "-c", driver], cwd=suite.root, capture_output=True, text=True, timeout=120)
+    pairs = [line.split() for line in done.stdout.splitlines()]
+    assert len(pairs) == 60, done.stderr
+    accuracy = np.mean([truth == said for truth, said in pairs])
+    assert accuracy == pytest.approx(checkpoint["metrics"]["test_accuracy"], abs=1e-6)
+    assert accuracy > 0.4  # not at chance, where all ways to shrink are alike

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nets import LeNet5, get_arrays
-from strategies import FIT_METRICS, FedAvg, metrics_aggregation_fn
+from data import BatchLoader
+from engines import client_fit_fn, server_test_fn
+from nets import LeNet5, get_arrays, set_arrays
+from strategies import FIT_METRICS, STRATEGIES, FedAvg, FedMedian, FedTrimmedAvg, Krum, metrics_aggregation_fn
 
 OK = Status(Code.OK, "")
 METRICS = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3}
@@ -180,6 +182,7 @@ def test_what_a_device_sends_is_said_in_one_short_line(fedavg, drops):
 anything = st.one_of(
     st.floats(), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.text(max_size=5), st.binary(max_size=5)
 )
+extras = st.dictionaries(st.sampled_from(["host", "temperature", "loss", "fit_los", "round", ""]), anything)
 any_array = hnp.arrays(
     dtype=st.sampled_from([np.float32, np.float64, np.float16, np.int64, np.int8, np.bool_, np.complex64, "U3"]),
     shape=hnp.array_shapes(min_dims=0, max_dims=4, max_side=6),
@@ -209,14 +212,17 @@ any_metrics = st.fixed_dictionaries(
     {}, optional={name: st.one_of(st.floats(0, 10), anything) for name in [*FIT_METRICS, "error", "extra"]}
 )
 any_result = st.tuples(any_tensors(), st.one_of(st.integers(-1, 2**63 - 1), anything), any_metrics)
-good_metrics = st.fixed_dictionaries({name: st.floats(0, 1e308) for name in FIT_METRICS})
+good_metrics = st.builds(
+    lambda extra, good: {**extra, **good}, extras, st.fixed_dictionaries({n: st.floats(0, 1e308) for n in FIT_METRICS})
+)
 likely_result = st.tuples(any_tensors(), st.integers(1, 2**63 - 1), good_metrics)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(results=st.lists(st.one_of(any_result, likely_result), min_size=1, max_size=4))
-def test_whatever_clients_send_the_global_model_stays_finite(tmp_path_factory, results):
-    strategy = FedAvg(LeNet5(1, 2), tmp_path_factory.mktemp("fuzz") / "server.ptl")
+@pytest.mark.parametrize("cls", STRATEGIES.values())
+def test_whatever_clients_send_the_global_model_stays_finite(tmp_path_factory, cls, results):
+    strategy = cls(LeNet5(1, 2), tmp_path_factory.mktemp("fuzz") / "server.ptl")
     sent = [
         (Proxy(cid), FitRes(OK, Parameters(tensors, "numpy.ndarray"), num_examples, metrics))
         for cid, (tensors, num_examples, metrics) in enumerate(results)
@@ -232,6 +238,227 @@ def test_whatever_clients_send_the_global_model_stays_finite(tmp_path_factory, r
     assert all(math.isfinite(value) for value in metrics.values())
     saved = torch.load(strategy.save_ckp_path, weights_only=True)["model"]
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+NONSENSE = {
+    "text": "pi3",
+    "bytes": b"pi3",
+    "bool": True,
+    "inf": math.inf,
+    "nan": math.nan,
+    "numpy": np.float32(1.5),
+    "array": np.ones(3),
+    "large": 2**63 - 1,
+    "huge": 10**400,
+    "endless": 10**5000,
+    "list": [1, [2, {"three": None}]],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("kind", [*NONSENSE, "inf and -inf", "many"])
+def test_further_metrics_of_any_kind_end_nothing_and_are_in_no_mean(fedavg, drops, kind, tmp_path):
+    logged = []
+    fedavg.record.log = lambda figures, step: logged.append(figures)
+    extras = [{"extra": NONSENSE.get(kind)}] * 2
+    if kind == "inf and -inf":
+        extras = [{"extra": math.inf}, {"extra": -math.inf}]
+    if kind == "many":
+        extras = [{f"extra {n}": n for n in range(20_000)}] * 2
+    arrays = arrays_like(fedavg.model, 1.0)
+    fit = [fit_result(cid, arrays, metrics={**extra, **METRICS}) for cid, extra in enumerate(extras)]
+    evaluate = [evaluate_result(cid, metrics={**extra, **GLOBAL_METRICS}) for cid, extra in enumerate(extras)]
+    parameters, metrics = fedavg.aggregate_fit(1, fit, [])
+    assert metrics == METRICS and (parameters_to_ndarrays(parameters)[0] == 1.0).all()
+    assert fedavg.aggregate_evaluate(1, evaluate, []) == (1.0, GLOBAL_METRICS)
+    fedavg.close()
+    assert drops == []
+    names = {f"clients/{cid}/{name}" for cid in (0, 1) for name in {**METRICS, **GLOBAL_METRICS}}
+    (figures,) = logged
+    assert set(figures) == names | set(METRICS) | set(GLOBAL_METRICS) | {"clients", "failures"}
+    row = pd.read_csv(tmp_path / "history.csv").iloc[0]
+    assert row["fit_loss"] == 1.5 and row["clients"] == 2
+
+
+def test_only_finite_numbers_that_all_have_are_in_a_mean():
+    values = {"number": 1, "none": None, "missing": 2.0, **NONSENSE}
+    means = metrics_aggregation_fn([(1, values), (3, {n: v for n, v in values.items() if n != "missing"})])
+    assert means == {"number": 1.0, "large": 2.0**63}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_known_metric_of_any_other_kind_is_dropped(fedavg, drops, kind):
+    if kind == "large":
+        return  # it is a number
+    arrays = arrays_like(fedavg.model, 1.0)
+    assert fedavg.aggregate_fit(1, [fit_result(0, arrays, metrics={**METRICS, "fit_loss": NONSENSE[kind]})], []) == (
+        None,
+        {},
+    )
+    fedavg.aggregate_evaluate(
+        1, [evaluate_result(0, metrics={**GLOBAL_METRICS, "global_eval_loss": NONSENSE[kind]})], []
+    )
+    assert fedavg.aggregate_fit(1, [fit_result(0, arrays, metrics=NONSENSE[kind])], []) == (None, {})
+    assert fedavg.aggregate_fit(1, [fit_result(0, arrays, NONSENSE[kind])], []) == (None, {})
+    assert fedavg.aggregate_fit(1, [fit_result(0, arrays, metrics={"error": NONSENSE[kind]})], []) == (None, {})
+    assert [len(str(why)) < 300 for _, _, why in drops] == [True] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other strategies.
+
+
+def make(cls, tmp_path, **kwargs):
+    strategy = cls(LeNet5(1, 2), tmp_path / "server.ptl", **kwargs)
+    strategy.close()  # these tests need no record
+    strategy.record.add = lambda *finished: None
+    return strategy
+
+
+def random_updates(model, num_clients, seed=0):
+    rng, updates = np.random.default_rng(seed), []
+    for _ in range(num_clients):
+        arrays = [np.abs(rng.normal(size=array.shape)).astype(array.dtype) for array in get_arrays(model)]
+        updates.append([rng.integers(0, 1000, a.shape) if a.dtype.kind == "i" else a for a in arrays])
+    return updates
+
+
+def aggregate(strategy, updates):
+    results = [fit_result(cid, arrays, 10 + cid) for cid, arrays in enumerate(updates)]
+    return parameters_to_ndarrays(strategy.aggregate_fit(1, results, [])[0])
+
+
+def assert_close(arrays, expected, updates):
+    for array, value, sent in zip(arrays, expected, updates[0], strict=True):
+        assert array.dtype == sent.dtype and array.shape == sent.shape
+        np.testing.assert_allclose(array, np.rint(value) if sent.dtype.kind == "i" else value, rtol=1e-6)
+
+
+def stacks(updates):
+    return [np.stack(arrays).astype(np.float64) for arrays in zip(*updates, strict=True)]
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 4, 9])
+def test_median_is_numpys(tmp_path, num_clients):
+    strategy = make(FedMedian, tmp_path)
+    updates = random_updates(strategy.model, num_clients)
+    assert_close(aggregate(strategy, updates), [np.median(stack, axis=0) for stack in stacks(updates)], updates)
+
+
+@pytest.mark.parametrize("num_clients, cut", [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (9, 1), (10, 2), (20, 4)])
+def test_trimmed_mean_leaves_out_the_extremes(tmp_path, num_clients, cut):
+    strategy = make(FedTrimmedAvg, tmp_path)
+    updates = random_updates(strategy.model, num_clients)
+    means = [np.sort(stack, axis=0)[cut : num_clients - cut].mean(0) for stack in stacks(updates)]
+    assert_close(aggregate(strategy, updates), means, updates)
+
+
+@pytest.mark.parametrize("num_clients, num_liars", [(3, 1), (4, 1), (5, 1), (7, 2), (10, 3)])
+def test_krum_is_the_mean_of_the_models_that_are_close_to_each_other(tmp_path, num_clients, num_liars):
+    strategy = make(Krum, tmp_path)
+    updates = random_updates(strategy.model, num_clients)
+    liars, honest = updates[:num_liars], updates[num_liars:]
+    for liar, arrays in enumerate(liars):
+        for array in arrays:
+            array *= 10 + liar
+    expected = [np.average(stack, axis=0, weights=range(10 + num_liars, 10 + num_clients)) for stack in stacks(honest)]
+    assert_close(aggregate(strategy, updates), expected, updates)
+
+
+def test_a_count_of_batches_does_not_make_a_device_an_outlier_for_krum(tmp_path):
+    strategy = make(Krum, tmp_path, num_clients_to_keep=1)
+    sent = [(1, 1), (1.1, 9**9), (1.2, 1), (5, 1), (6, 1)]
+    updates = [arrays_like(strategy.model, value, num_batches) for value, num_batches in sent]
+    arrays = aggregate(strategy, updates)
+    assert (arrays[0] == np.float32(1.1)).all() and arrays[6] == 9**9  # the middle of those that are close
+
+
+def test_options_that_are_given_are_taken(tmp_path):
+    updates = random_updates(LeNet5(1, 2), 5)
+    (tmp_path / "trimmed").mkdir()
+    trimmed = aggregate(make(FedTrimmedAvg, tmp_path / "trimmed", beta=0.4), updates)
+    assert_close(trimmed, [np.median(stack, axis=0) for stack in stacks(updates)], updates)
+    krum = aggregate(make(Krum, tmp_path, num_malicious_clients=1, num_clients_to_keep=1), updates)
+    assert any(all((a == b).all() for a, b in zip(krum, update, strict=True)) for update in updates)
+
+
+def test_krum_takes_no_part_of_too_few_results(tmp_path, drops):
+    strategy = make(Krum, tmp_path, on_drop=lambda *drop: drops.append(drop))
+    updates = random_updates(strategy.model, 2)
+    results = [fit_result(cid, arrays) for cid, arrays in enumerate(updates)]
+    assert strategy.aggregate_fit(1, results, []) == (None, {})
+    assert [(cid, str(why)) for _, cid, why in drops] == [(c, "2 results are too few, 3 are needed") for c in "01"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_huge_values_stay_within_what_was_sent(tmp_path, name):
+    strategy = make(STRATEGIES[name], tmp_path)
+    huge = arrays_like(strategy.model, np.finfo(np.float32).max, num_batches=2**63 - 1)
+    for array, sent in zip(aggregate(strategy, [huge] * 4), huge, strict=True):
+        assert (array == sent).all()
+
+
+@pytest.fixture(scope="module")
+def five_devices():
+    """The loaders of five devices with 160 fit and 40 eval images of ten noisy patterns each, and a test set of 400."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(40, 215, (10, 3, 8, 8)).repeat(4, 2).repeat(4, 3)
+
+    def draw(count, batch_size, shuffle=False):
+        labels = np.arange(count) % 10
+        images = np.clip(patterns[labels] + rng.normal(0, 90, (count, 3, 32, 32)), 0, 255).astype(np.uint8)
+        return BatchLoader(Images(torch.from_numpy(images), torch.from_numpy(labels)), batch_size, shuffle)
+
+    return [{"fit": draw(160, 32, shuffle=True), "eval": draw(40, 64)} for _ in range(5)], {"test": draw(400, 200)}
+
+
+class Images:
+    """Images and labels in memory, as BatchLoader takes them."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+
+def accuracy_after(cls, tmp_path, five_devices, liar, num_rounds=15):
+    """The mean test accuracy of the last 5 rounds; where `liar` is set, device 2 sends its parameters times 1e6."""
+    torch.manual_seed(0)
+    loaders, test = five_devices
+    model, accuracies = LeNet5(3, 10), []
+    strategy = cls(model, tmp_path / "server.ptl")
+    current = get_arrays(model)
+    for current_round in range(1, num_rounds + 1):
+        results = []
+        for cid, shard in enumerate(loaders):
+            set_arrays(model, current)
+            metrics = client_fit_fn(shard, model, training_verbose=False, lr=1e-3)
+            arrays = get_arrays(model)
+            if cid == 2 and liar:
+                arrays = [(array * 1e6).astype(array.dtype) for array in arrays]
+                metrics = METRICS
+            results.append(fit_result(cid, arrays, 160, metrics))
+        parameters, _ = strategy.aggregate_fit(current_round, results, [])
+        if parameters is not None:
+            current = parameters_to_ndarrays(parameters)
+        set_arrays(model, current)
+        accuracies.append(server_test_fn(test, model)["test_accuracy"])
+    strategy.close()
+    return np.mean(accuracies[-5:])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_one_of_five_devices_that_sends_nonsense(tmp_path_factory, five_devices, name):
+    accuracies = [
+        accuracy_after(STRATEGIES[name], tmp_path_factory.mktemp("attack"), five_devices, liar)
+        for liar in (False, True)
+    ]
+    assert accuracies[0] > 0.9
+    if name == "FedAvg":
+        assert accuracies[1] < 0.3  # the README says so
+    else:
+        assert accuracies[1] > accuracies[0] - 0.02
 
 
 # ---------------------------------------------------------------------------------------------------------------------

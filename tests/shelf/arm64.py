@@ -74,7 +74,9 @@ def test_the_readmes_steps_on_two_cores(board, suite, shapes_zip):
     venv = suite.root / "FL-IoT" / ".venv"
     assert not list(venv.glob("lib/python3*/site-packages/nvidia*"))
     size = sum(path.lstat().st_size for path in venv.rglob("*")) >> 20
-    tell(f".venv: {size} MiB; {', '.join(sorted(path.name for path in venv.glob('lib/*/site-packages/*.dist-info')))}")
+    sizes = re.findall(r"Downloading \S+ \(([\d.]+) ([kM])B\)", clients[0].out)
+    loaded = sum(float(number) * {"k": 0.001, "M": 1}[unit] for number, unit in sizes)
+    tell(f"{len(sizes)} packages, {loaded:.0f} MB to download, {size} MiB in .venv")
 
     clients.append(suite.client(2, "--dataset", "Tiny"))
     server = suite.server("--dataset", "Tiny", "--num_clients", 3, "--num_rounds", 2)
