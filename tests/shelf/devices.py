@@ -14,7 +14,7 @@ from pathlib import Path
 
 from roots import CACHE, debian
 
-LAB, NET = "fl-iot-lab", "10.77.7"
+LAB, NET = f"fl-iot-{os.getpid()}", "10.77.7"  # what a killed run has left is in nobody's way
 ADDRESS = f"{NET}.1"  # the laptop's
 CGROUPS = Path("/sys/fs/cgroup")
 if (CGROUPS / "unified").is_dir():  # a host with both versions
@@ -57,7 +57,7 @@ class Shelf:
 class Device:
     def __init__(self, shelf, number):
         self.shelf, self.name, self.address = shelf, f"dev{number}", f"{NET}.{100 + number}"
-        self.namespace, self.mac = f"fl-iot-{self.name}", f"b8:27:eb:00:00:{number:02x}"
+        self.namespace, self.mac = f"{LAB}-{self.name}", f"b8:27:eb:00:00:{number:02x}"
         self.folder = shelf.folder / self.name
         self.cgroup = CGROUPS / self.namespace
         self.boot = None
