@@ -2,13 +2,18 @@
 # make test    lint, and all tests
 # make bench   measure speed and memory beside their references
 # make soak    train under a hail of faults, and without
+# make deploy INVENTORY=shelf.ini     bring code, bundles and the service to all devices (ARGS, WHEELHOUSE can be set)
+# make status, logs, restart, stop    of all clients, likewise with INVENTORY
+# make test-arm64    the README's steps for a device, on emulated ARM cores       (these three: as root, on Debian;
+# make test-deploy   make deploy to three booted systems, with power cuts          what they fetch or make once is
+# make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11              kept in ~/.cache/fl-iot)
 # Each sets up .venv first, from python3 and a package registry. SETUP_PYTHON=python3.12 takes another Python.
 
 SETUP_PYTHON ?= python3
 PYTHON := .venv/bin/python
 INSTALL := @$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test bench soak
+.PHONY: setup demo test bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
 export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE
 
 setup: .venv/setup
@@ -26,7 +31,31 @@ setup: .venv/setup
 demo: .venv/setup
 	@bash deploy/demo.sh
 
-test: .venv/setup-test
+.venv-deploy/setup: deploy/requirements.txt
+	@$(SETUP_PYTHON) -m venv .venv-deploy
+	@.venv-deploy/bin/python -m pip install -qq --disable-pip-version-check --requirement deploy/requirements.txt
+	@touch $@
+
+PLAY = @test -n "$(INVENTORY)" || { echo "make $@ needs INVENTORY=FILE; deploy/inventory.example.ini is one" >&2; exit 2; }; \
+	ANSIBLE_CONFIG=deploy/ansible.cfg .venv-deploy/bin/ansible-playbook --inventory "$(INVENTORY)" $(ARGS)
+WHEELS = $(if $(WHEELHOUSE),--extra-vars "wheelhouse=$(WHEELHOUSE)")
+
+deploy: .venv-deploy/setup
+	$(PLAY) $(WHEELS) deploy/deploy.yml
+
+status: .venv-deploy/setup
+	$(PLAY) --tags status deploy/manage.yml
+
+logs: .venv-deploy/setup
+	$(PLAY) --tags logs deploy/manage.yml
+
+restart: .venv-deploy/setup
+	$(PLAY) --tags restart deploy/manage.yml
+
+stop: .venv-deploy/setup
+	$(PLAY) --tags stop deploy/manage.yml
+
+test: .venv/setup-test .venv-deploy/setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check --target-version py38 libs.py data.py nets.py engines.py client.py
@@ -37,3 +66,6 @@ bench: .venv/setup-test
 
 soak: .venv/setup-test
 	$(PYTHON) benchmarks/soak.py
+
+test-arm64 test-deploy test-interop: .venv/setup-test .venv-deploy/setup
+	$(PYTHON) -m pytest -x -s -rs tests/shelf/$(@:test-%=%).py

@@ -33,15 +33,32 @@ if sys.version_info < (3, 8):  # noqa: UP036 (that is what it is to find out)
     raise SystemExit(2)
 
 
-def say_interrupted(kind, error, trace):
-    """Ctrl-C is no error: one line, also while modules are imported, which takes long on a board."""
+PACKAGES = {"cv2": "opencv-python-headless", "grpc": "grpcio"}
+PACKAGES.update((name, name) for name in "filelock flwr matplotlib numpy pandas torch tqdm wandb".split())
+
+
+def missing(error):
+    """What to do about a package that is not here, for which a ModuleNotFoundError stands; None for one of our own."""
+    if error.name not in PACKAGES:
+        return None
+    pip = f"{sys.executable} -m pip install {PACKAGES[error.name]}"
+    return f"{error.name} is missing here: start this with .venv/bin/python, or {pip}"
+
+
+def say_in_one_line(kind, error, trace):
+    """Ctrl-C is no error, nor is a package that a device lacks: one line, also while modules are imported."""
+    name = Path(sys.argv[0]).name
     if issubclass(kind, KeyboardInterrupt):
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: interrupted\n")
+        sys.stderr.write(f"{name}: interrupted\n")
+    elif issubclass(kind, ModuleNotFoundError) and missing(error):
+        sys.stderr.write(f"{name}: {missing(error)}\n")
+        sys.stderr.flush()
+        os._exit(2)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = say_interrupted
+sys.excepthook = say_in_one_line
 
 import numpy as np
 from tqdm import tqdm
@@ -305,6 +322,11 @@ def run_script(main):
         code = main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        if missing(error) is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {missing(error)}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     if hasattr(on_signal, "writer"):

@@ -1,0 +1,162 @@
+"""The playbook behind make deploy, as far as it goes without root: two folders of this machine are the devices, reached
+through an sshd of the test's own. What systemd does with it on booted systems is in shelf/deploy.py.
+"""
+
+import ast
+import getpass
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+
+PLAYBOOK = ROOT / ".venv-deploy" / "bin" / "ansible-playbook"
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+def ansible(*args, **kwargs):
+    if not PLAYBOOK.exists():
+        pytest.skip("Ansible is not here: make .venv-deploy/setup")
+    env = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "deploy" / "ansible.cfg")}
+    return subprocess.run([PLAYBOOK, *args], env=env, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def changes(out):
+    return {name: int(count) for name, count in re.findall(r"^(\w+) .*changed=(\d+)", out, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", ["deploy.yml", "manage.yml"])
+def test_syntax(name):
+    done = ansible("--syntax-check", "-i", ROOT / "deploy" / "inventory.example.ini", ROOT / "deploy" / name)
+    assert done.returncode == 0 and not done.stderr, done
+
+
+def test_what_is_copied_is_what_a_client_imports():
+    """Every module of the suite that client.py imports, and theirs, goes to the devices; no other does."""
+    listed = re.search(r"loop: \[(client\.py.*)\]", (ROOT / "deploy" / "deploy.yml").read_text())[1].split(", ")
+    imported, left = set(), ["client.py"]
+    while left:
+        script = left.pop()
+        imported.add(script)
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules = {f"{name}.py" for name in names if name and (ROOT / f"{name}.py").exists()}
+            left += modules - imported
+    assert {name for name in listed if name.endswith(".py")} == imported
+    assert all((ROOT / name).exists() for name in listed)
+
+
+def test_make_asks_for_the_inventory():
+    done = subprocess.run(["make", "-o", ".venv-deploy/setup", "status"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "make status needs INVENTORY=FILE" in done.stderr.splitlines()[0], done
+
+
+@pytest.fixture
+def login(tmp_path):
+    """Inventory variables by which Ansible logs into this machine; without an sshd here it goes without."""
+    if SSHD is None:
+        print("no sshd here: apt-get install openssh-server")
+        yield "ansible_connection=local"
+        return
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    port, log = free_port(), tmp_path / "sshd.log"
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    options = [f"HostKey={tmp_path}/host", f"AuthorizedKeysFile={tmp_path}/user.pub", "StrictModes=no", "UsePAM=no"]
+    options += ["ListenAddress=127.0.0.1", "PidFile=none", "PermitRootLogin=yes", "Subsystem=sftp internal-sftp"]
+    command = [SSHD, "-D", "-p", str(port), "-f", os.devnull, "-E", log]
+    sshd = subprocess.Popen([*command, *(f"-o{option}" for option in options)])
+    until = time.monotonic() + 20
+    while not log.exists() or "listening" not in log.read_text():
+        assert sshd.poll() is None and time.monotonic() < until, log.exists() and log.read_text()
+        time.sleep(0.05)
+    yield (
+        f"ansible_host=127.0.0.1 ansible_port={port} ansible_user={getpass.getuser()} "
+        f"ansible_ssh_private_key_file={tmp_path}/user "
+        f"ansible_ssh_common_args='-o UserKnownHostsFile={tmp_path}/known_hosts -o ControlPersist=5s'"
+    )
+    sshd.kill()
+    sshd.wait()
+
+
+@pytest.fixture
+def shelf(suite, shapes_zip, login):
+    """A laptop with bundles and an inventory; shelf(args) plays deploy.yml there, for the parts that need no root."""
+    suite.partition("--dataset", "Tiny", "--source", shapes_zip, "--num_clients", 2, "--bundles")
+    shutil.copy(ROOT / "requirements.txt", suite.root)
+    lines = ["[pis]"] + [f"pi{cid} cid={cid} home='{suite.root}/pi {cid}' {login}" for cid in (0, 1)]
+    lines += ["[all:vars]", "ansible_become=false", f"ansible_python_interpreter={sys.executable}"]
+    lines += ["dataset=Tiny", "server_address=127.0.0.1"]
+    (suite.root / "shelf.ini").write_text("\n".join(lines) + "\n")
+
+    def play(*args):
+        parts = ["--tags", "code,data", "--skip-tags", "environment"]
+        return ansible("-i", suite.root / "shelf.ini", *parts, *args, suite.root / "deploy" / "deploy.yml")
+
+    yield play
+
+
+def test_only_what_changed_is_copied(shelf, suite):
+    done = shelf("--check", "--limit", "pi0")
+    assert done.returncode == 0 and all(changes(done.stdout).values()), done
+    assert not (suite.root / "pi 0").exists()
+
+    done = shelf()
+    assert done.returncode == 0 and changes(done.stdout) == {"pi0": 4, "pi1": 4}, done
+    for cid in (0, 1):
+        board = suite.root / f"pi {cid}"
+        for name in ("client.py", "nets.py", "requirements.txt", "deploy/setup_device.sh"):
+            assert (board / name).read_bytes() == (suite.root / name).read_bytes()
+        tables = [path.name for path in board.glob("datasets/Tiny/clients/*")]
+        assert tables == [f"client_{cid}.csv"]
+        for image in board.glob("datasets/Tiny/train/*.npy"):
+            assert image.read_bytes() == (suite.root / "datasets" / "Tiny" / "train" / image.name).read_bytes()
+        assert len(list(board.glob("datasets/Tiny/train/*.npy"))) == 300
+
+    before = {path: path.lstat().st_mtime_ns for path in suite.root.glob("pi */**/*")}
+    done = shelf()
+    assert done.returncode == 0 and changes(done.stdout) == {"pi0": 0, "pi1": 0}, done
+    assert {path: path.lstat().st_mtime_ns for path in suite.root.glob("pi */**/*")} == before
+
+    with open(suite.root / "nets.py", "a") as file:
+        file.write("# new\n")
+    shutil.rmtree(suite.root / "pi 1" / "datasets" / "Tiny")  # as if its power had gone before it was renamed
+    done = shelf()
+    assert done.returncode == 0 and changes(done.stdout) == {"pi0": 1, "pi1": 2}, done
+    assert (suite.root / "pi 1" / "datasets" / "Tiny" / "dataset.json").exists()
+
+
+def test_the_end_says_which_failed_and_why(shelf, suite):
+    (suite.root / "datasets" / "Tiny" / "bundles" / "client_1.tar").unlink()
+    with open(suite.root / "shelf.ini", "a") as file:
+        file.write("[off]\npi2 cid=2 ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=1\n")
+    done = shelf()
+    assert done.returncode != 0 and changes(done.stdout)["pi0"] == 4, done
+    last = done.stdout.strip().splitlines()[-2:]
+    assert re.fullmatch(
+        r"pi1 FAILED: look for the bundle: no .*/client_1.tar on this machine: run partition.py .*", last[0]
+    )
+    assert re.fullmatch(r"pi2 FAILED: not reached: .*Connection refused.*", last[1])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ((" cid=1", " cid=0"), "cid 0 is given to pi0 and pi1"),
+        ((" cid=1", ""), "no cid: give each device one in the inventory"),
+        (("server_address=", "# "), "no server_address: say in the inventory how the devices reach the server"),
+    ],
+)
+def test_inventories_that_cannot_be_meant(shelf, suite, change, words):
+    inventory = suite.root / "shelf.ini"
+    inventory.write_text(inventory.read_text().replace(*change))
+    done = shelf("--limit", "pi1")
+    assert done.returncode == 2 and f"pi1 FAILED: read the inventory: {words}" in done.stdout, done
+    assert not (suite.root / "pi 1").exists()
