@@ -523,9 +523,9 @@ def logged_steps(path):
     return steps
 
 
-def held_steps(wandb_dir, run_id):
-    """The steps that the folders of a run in `wandb_dir` hold, online ones included; None where there are none."""
-    paths = list(Path(wandb_dir).glob(f"*run-*-{glob.escape(str(run_id))}/*.wandb"))
+def held_steps(wandb_dir, run_id, names="*run"):
+    """The steps that the folders `names` of a run in `wandb_dir` hold; None where there are none."""
+    paths = list(Path(wandb_dir).glob(f"{names}-*-{glob.escape(str(run_id))}/*.wandb"))
     return set().union(*map(logged_steps, paths)) if paths else None
 
 
@@ -561,7 +561,7 @@ def start_wandb(dataset, run_id, config, rows=(), needed=True):
 
     mode, why = wandb_mode(wandb)
     folder = os.environ.get("WANDB_DIR", str(ROOT))
-    last_round = len(rows)
+    wandb_dir, last_round = wandb.Settings(root_dir=folder).wandb_dir, len(rows)
     options = {
         "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True),
         "project": "FL-IoT",
@@ -572,18 +572,21 @@ def start_wandb(dataset, run_id, config, rows=(), needed=True):
     if mode == "online":
         try:
             run = wandb.init(mode=mode, resume="allow", id=run_id, **options)
-            if run.starting_step > last_round + 1:
+            held = set(range(run.starting_step))  # as its server tells, if it knows the run
+            if not run.resumed and run_id is not None:
+                held = held_steps(wandb_dir, run_id, "run") or set()
+            if max(held, default=0) > last_round:
                 run.finish()
                 if not needed:
                     return None, None
-                run = wandb.init(mode=mode, **options)
-            return Curves(run, range(run.starting_step)), f"curves: {run.url}"
+                run, held = wandb.init(mode=mode, **options), set()
+            return Curves(run, held), f"curves: {run.url}"
         except Exception as error:
             why = printable(error)
             mode = "offline"
     held = set()
     if mode == "offline" and run_id is not None:
-        held = held_steps(wandb.Settings(root_dir=folder).wandb_dir, run_id)
+        held = held_steps(wandb_dir, run_id)
         if held is None or max(held, default=0) > last_round:
             run_id, held = None, set()
     if not needed and (mode != "offline" or run_id is None or all(row["round"] in held for row in rows)):

@@ -126,7 +126,7 @@ class Stub:
             "eventsTail": "[]",
             "tags": [],
             "notes": None,
-            "wandbConfig": "{}",
+            "wandbConfig": json.dumps({"t": {"1": []}}),  # wandb resumes no run without it
         }}}  # fmt: skip
 
     def UpsertBucket(self, name, project, config, displayName, **_):
