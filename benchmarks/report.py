@@ -142,7 +142,10 @@ def bench():
     made = {}  # the benches of each run, in order
     for row in rows:
         made.setdefault(row["run"], {})[row["bench"]] = None
-    machines = "\n".join(f"- {', '.join(names)}: {machine(about['runs'][run])}" for run, names in made.items())
+    machines = "\n".join(
+        f"- {', '.join(names)}: {machine(about['runs'][run])}, at a load of {about['runs'][run]['load_at_start']}"
+        for run, names in made.items()
+    )
 
     def ratio(name, against):
         return f"{find(rows, name, against)['ratio']['median']:.2f}"
