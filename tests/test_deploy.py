@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from helpers import ROOT, free_port
 
 PLAYBOOK = ROOT / ".venv-deploy" / "bin" / "ansible-playbook"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")

@@ -14,7 +14,7 @@ import time
 import zipfile
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from packaging.requirements import Requirement
 
 LINES = (ROOT / "requirements.txt").read_text().splitlines()

@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, Process
+from helpers import ROOT, Process
 from roots import CACHE, Root, debian, emulate_arm64, need, tell
 
 GIT = '#!/bin/sh\ncp -r /mnt/laptop/FL-IoT "$3" # git clone URL FOLDER\n'

@@ -11,8 +11,8 @@ import shutil
 import time
 
 import pytest
-from conftest import ROOT, Process, Suite, write_images
 from devices import ADDRESS, Shelf, in_lab
+from helpers import ROOT, Process, Suite, write_images
 from roots import fetch, need, tell
 
 NAMES = ["dev1", "dev2", "dev3"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Process
+from helpers import ROOT, Process
 from roots import CACHE, Root, debian, fetch, need, tell
 
 FLOWER = {"3.8": "1.11.1", "3.10": "1.30.0"}  # the newest for each
