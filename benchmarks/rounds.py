@@ -34,6 +34,12 @@ def make_task():
     return {**task, "fingerprint": fingerprint(build_net(*NET)), "trial": trial(build_net(*NET))}
 
 
+def tell(**what):
+    """Print a line of JSON at once, and not into a line that another thread has begun."""
+    sys.stdout.write(f"\n{json.dumps(what)}\n")
+    sys.stdout.flush()
+
+
 class Gate:
     """Mixed into a strategy: rounds run only as they are asked for, and are timed."""
 
@@ -43,7 +49,7 @@ class Gate:
         if self.gate_left == 0:
             line = sys.stdin.readline()
             if not line:
-                print(json.dumps({"peak_mib": memory_of("self"), "before_mib": self.gate_before}), flush=True)
+                tell(peak_mib=memory_of("self"), before_mib=self.gate_before)
                 os._exit(0)
             self.gate_left = int(line)
             self.gate_opened, self.gate_cpu = time.perf_counter(), time.process_time()
@@ -55,7 +61,7 @@ class Gate:
         self.gate_left -= 1
         if self.gate_left == 0:
             seconds, cpu = time.perf_counter() - self.gate_opened, time.process_time() - self.gate_cpu
-            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}), flush=True)
+            tell(seconds=seconds, cpu_seconds=cpu)
         return result
 
 
