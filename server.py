@@ -111,10 +111,7 @@ def parse_args():
 
 def count_clients(args, shards):
     """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has cut, None if unknown."""
-    if args.num_clients is None:
-        args.num_clients = shards or 10
-    elif shards not in (None, args.num_clients):
-        say(f"note: {args.dataset} was cut into {shards} shards, and --num_clients is {args.num_clients}")
+    args.num_clients = args.num_clients or shards or 10
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
@@ -320,7 +317,7 @@ def main():
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
     test, info = load_test(DATASETS / args.dataset, find_net(args.net).image_size)
-    count_clients(args, info.get("num_clients"))
+    count_clients(args, info["num_clients"])
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
@@ -343,6 +340,8 @@ def main():
     # The parts, from the last to the first.
     curves, where = start_wandb(args.dataset, run_id, settings, rows)
     say(where)
+    if info["num_clients"] not in (None, args.num_clients):
+        say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(
@@ -368,7 +367,7 @@ def main():
     )
     task = {
         "dataset": args.dataset,
-        "dataset_id": info.get("id"),
+        "dataset_id": info["id"],
         "channels": info["channels"],
         "num_classes": len(info["classes"]),
         "net": args.net,
