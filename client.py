@@ -6,6 +6,8 @@ Reads the shard that partition.py wrote, waits for the server and trains in each
 and metrics, never an image. Reconnects by itself; ends with exit code 0 when the server says that training is over.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
@@ -49,7 +51,7 @@ import flwr
 import grpc
 from flwr.client import NumPyClient
 from flwr.common import serde
-from flwr.proto.transport_pb2 import ClientMessage, Reason
+from flwr.proto.transport_pb2 import ClientMessage, Reason, ServerMessage
 from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
@@ -152,7 +154,7 @@ class Client(NumPyClient):
         reason}).
         """
         try:
-            started, telemetry = time.monotonic(), self.telemetry()
+            started, telemetry = time.monotonic(), waited_since(self.answered)
             self.set_parameters(parameters)
             hyper_parameters = {name: config[name] for name in config if name not in ("round", "num_rounds")}
             current = config.get("round")
@@ -186,7 +188,7 @@ class Client(NumPyClient):
         (0.0, 0, {"error": reason}).
         """
         try:
-            started, telemetry = time.monotonic(), self.telemetry()
+            started, telemetry = time.monotonic(), waited_since(self.answered)
             self.set_parameters(parameters)
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)
             metrics = {"global_eval_loss": loss, "global_eval_accuracy": accuracy}
@@ -198,16 +200,12 @@ class Client(NumPyClient):
         finally:
             self.answered = time.monotonic()
 
-    def telemetry(self):
-        """{"wait_seconds": since the last answer}, which the network and the other devices take; {} at the first."""
-        return {} if self.answered is None else {"wait_seconds": time.monotonic() - self.answered}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding the server, and finding it again.
 
 
-def probe(host, port, root_certificate):
+def probe(host: str, port: int, root_certificate: Path | None) -> str | None:
     """Knock at the server's door: None where it answers, else what is wrong for now, as text.
 
     Raises UserError where waiting would not help: one side speaks TLS and the other does not, or the certificate is
@@ -254,7 +252,7 @@ def probe(host, port, root_certificate):
         raise UserError(f"--server_address {host} is neither a name nor an IP address") from None
 
 
-def hang_up(port):
+def hang_up(port: int) -> None:
     """Shut down this process's TCP connections to `port`.
 
     gRPC, asked to close a channel, would wait until what it still has to send is gone: on a dead link a quarter of an
@@ -277,7 +275,7 @@ def watch_silence(client, port):
             hang_up(port)
 
 
-def answer(flower_client, message):
+def answer(flower_client, message: ServerMessage) -> ClientMessage:
     """The client's answer to one message of the server, both as Flower puts them on the wire."""
     kind = message.WhichOneof("msg")  # "fit_ins", say
     if kind == "reconnect_ins":
@@ -287,7 +285,7 @@ def answer(flower_client, message):
     return ClientMessage(**{f"{name}_res": getattr(serde, f"{name}_res_to_proto")(res)})
 
 
-def serve(client, host, port, certificate):
+def serve(client: Client, host: str, port: int, certificate: bytes | None) -> str | None:
     """Answer the server over one connection until that ends: None where training is over, else what ended it, as text.
 
     Raises UserError where the server turns this client away. (In place of Flower's start_client, which is deprecated,
@@ -329,7 +327,7 @@ def serve(client, host, port, certificate):
     return client.notice.get("stopped", None if over else problem)
 
 
-def stay_connected(client, host, port, root_certificate, max_wait_time):
+def stay_connected(client: Client, host: str, port: int, root_certificate: Path | None, max_wait_time: float) -> int:
     """Serve the server until it says that training is over, through every loss of it. Returns the exit code."""
     threading.Thread(target=watch_silence, args=(client, port), name="silence", daemon=True).start()
     certificate = root_certificate.read_bytes() if root_certificate is not None else None
@@ -359,7 +357,7 @@ def stay_connected(client, host, port, root_certificate, max_wait_time):
 # What must be there before the first connection.
 
 
-def choose_device(name):
+def choose_device(name: str) -> torch.device:
     """The torch device for `--device`. Raises UserError where there is none of that name here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -371,7 +369,12 @@ def choose_device(name):
     return device
 
 
-def describe_machine(root=Path("/")):
+def waited_since(answered):
+    """{"wait_seconds": since the last answer}, which the network and the other devices took; {} before the first."""
+    return {} if answered is None else {"wait_seconds": time.monotonic() - answered}
+
+
+def describe_machine(root: Path = Path("/")) -> dict:
     """What this client runs on, for the server and for people: board, versions, threads, free memory in MB.
 
     `root` is where /proc lies.
@@ -390,7 +393,7 @@ def describe_machine(root=Path("/")):
     return facts
 
 
-def sensors(root=Path("/")):
+def sensors(root: Path = Path("/")) -> dict[str, float]:
     """What the board tells of itself now; what it has no sensor for is absent. `root` is where /sys lies.
 
     peak_memory_mb: of this process. cpu_temp_c: °C. load: processes that want a core, mean of a minute. throttled: a
@@ -427,7 +430,7 @@ def board_id():
     return b""
 
 
-def device_id(path):
+def device_id(path: Path) -> str:
     """The id by which the server knows this device again after a cut or a reboot (32 hex digits).
 
     Made of a random one in the file `path`, which is written where it is missing or damaged, and of the board's own.

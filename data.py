@@ -3,6 +3,8 @@
 load_shard is for client.py and the device's own shard, load_test for server.py and the test set.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 from libs import UserError, cut_id, image_digest, np, prepare_image, table_digest, torch
 
 
-def describe_dataset(dataset, folder):
+def describe_dataset(dataset: str, folder: Path) -> dict:
     """What is known of a dataset, from `folder`/dataset.json if it is there.
 
     A dictionary: "channels" (int), "classes" ([str, …]); "id" of the cut, "num_clients", "image_size" ([height, width]
@@ -38,7 +40,7 @@ def describe_dataset(dataset, folder):
     return {**{name: info[name] for name in names}, "images": images}
 
 
-def describe_in_checkpoint(info):
+def describe_in_checkpoint(info: dict) -> dict:
     """What a checkpoint says of the data that its net was trained on, from what describe_dataset knows of it."""
     return {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
 
@@ -63,7 +65,7 @@ def read_cells(path):
         raise UserError(f"{path} is not a readable CSV: {error}") from None
 
 
-def read_table(path, num_classes, phases=()):
+def read_table(path: Path, num_classes: int, phases: tuple[str, ...] = ()) -> np.ndarray:
     """Read a CSV with the columns id and label, and phase where `phases` are named, each of which must have rows.
 
     Returns a structured array with the fields id (str), label (int in 0..num_classes-1) and phase (str). Raises
@@ -202,7 +204,7 @@ def check_cut(folder, info, path, table, digests, expected, remedy):
         )
 
 
-def load_shard(folder, cid, device, image_size=(32, 32)):
+def load_shard(folder: Path, cid: int, device, image_size=(32, 32)) -> tuple[dict[str, BatchLoader], dict]:
     """The loaders for a shard, {"fit": BatchLoader, "eval": BatchLoader}, on `device`; and describe_dataset's answer.
 
     Raises UserError where a file is missing, damaged, or not of the cut that `folder`/dataset.json describes.
@@ -227,7 +229,7 @@ def load_shard(folder, cid, device, image_size=(32, 32)):
     return loaders, info
 
 
-def load_test(folder, image_size=(32, 32)):
+def load_test(folder: Path, image_size=(32, 32)) -> tuple[BatchLoader, dict]:
     """The test set as (BatchLoader, describe_dataset's answer), on the CPU. Raises UserError as load_shard does."""
     info = describe_dataset(folder.name, folder)
     path = folder / "test.csv"

@@ -3,6 +3,8 @@
 A loader is anything with a length that yields (float32 B×C×H×W, int64 B): data.BatchLoader or torch's DataLoader.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 
@@ -11,7 +13,7 @@ from libs import nn, say, torch, tqdm
 from nets import save_checkpoint
 
 
-def run_epoch(loader, model, device, optimizer=None, title=None):
+def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:
     """Train `model` for one pass over `loader`, or only measure it where `optimizer` is None.
 
     Returns (mean cross entropy in nats, accuracy in 0..1), both over all images; a training pass measures each batch
@@ -71,16 +73,16 @@ class Adam:
 
 
 def client_fit_fn(
-    loaders,
-    model,
-    num_epochs=1,
+    loaders: dict,
+    model: nn.Module,
+    num_epochs: int = 1,
     device="cpu",
     save_ckp_path=None,
-    training_verbose=True,
-    lr=1e-3,
-    seed=None,
-    about=None,
-):
+    training_verbose: bool = True,
+    lr: float = 1e-3,
+    seed: int | None = None,
+    about: dict | None = None,
+) -> dict[str, float]:
     """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
 
     Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
@@ -114,7 +116,7 @@ def client_fit_fn(
     return metrics
 
 
-def server_test_fn(test_loaders, server_model, device="cpu"):
+def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") -> dict[str, float]:
     """Measure `server_model` on test_loaders["test"]; returns {"test_loss", "test_accuracy"}, floats."""
     test_loss, test_accuracy = run_epoch(test_loaders["test"], server_model.to(device), device)
     return {"test_loss": test_loss, "test_accuracy": test_accuracy}

@@ -4,6 +4,8 @@ All other modules import from here, by name, and before anything that is not Pyt
 packages read when they are imported. What only some need (cv2, pandas, wandb, matplotlib) they import themselves.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import hashlib
@@ -20,6 +22,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before flwr, grpc and cv2 are imported: nothing phones home, and C code keeps its riddles to itself.
@@ -126,12 +129,12 @@ def number(kind, low, high=float("inf"), inside=False):
     return parse
 
 
-def plain_args(args):
+def plain_args(args: argparse.Namespace) -> dict:
     """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def read_secret(path):
+def read_secret(path: Path | None) -> bytes | None:
     """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
     if path is None:
         return None
@@ -146,12 +149,12 @@ def read_secret(path):
     return secret
 
 
-def prove(secret, nonce, cid):
+def prove(secret: bytes, nonce: str, cid: int) -> str:
     """The answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
     return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
 
 
-def printable(value, limit=200):
+def printable(value, limit: int = 200) -> str:
     """What somebody else sent, as one short line that a terminal can show."""
     if isinstance(value, (str, bytes)):
         value = value[: 4 * limit]
@@ -163,7 +166,7 @@ def printable(value, limit=200):
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def split_address(text, port=None, default=8080):
+def split_address(text: str, port: int | None = None, default: int = 8080) -> tuple[str, int]:
     """What the user gave as an address, taken apart: (host, port), the host without brackets, IPv6 zones kept.
 
     Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is what was
@@ -198,12 +201,12 @@ def split_address(text, port=None, default=8080):
     return host, int(tail)
 
 
-def join_address(host, port):
+def join_address(host: str, port: int) -> str:
     """The two as one word: "host:port", "[::1]:port"."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def keep_alive(sock):
+def keep_alive(sock: socket.socket) -> None:
     """Have the kernel ask the other side's kernel whether it is still there, and end the connection where it is not.
 
     So one that vanishes is noticed within KEEPALIVE seconds, while one that is merely busy, for however long, answers.
@@ -220,7 +223,7 @@ def keep_alive(sock):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def tcp_sockets(port, far=False):
+def tcp_sockets(port: int, far: bool = False) -> Iterator[socket.socket]:
     """This process's TCP connections from the local port `port`, or with `far` those to the port `port`, one at a time.
 
     Each is a copy of the socket, closed when the next is asked for. Where the system has no /dev/fd (Windows), nothing.
@@ -275,7 +278,7 @@ def steady_streams():
             setattr(sys, name, Steady(stream))
 
 
-def on_signal(act):
+def on_signal(act: Callable[[int], None]) -> None:
     """Call `act(signum)`, in a thread of its own, for each SIGINT and SIGTERM from now on.
 
     The handlers themselves do nothing. An exception that a handler raises inside gRPC deadlocks the process for good
@@ -301,13 +304,13 @@ def on_signal(act):
     on_signal.writer = writer  # kept open; also says that signals are watched
 
 
-def mute_handlers():
+def mute_handlers() -> None:
     """Give SIGINT and SIGTERM handlers that do nothing (on_signal has their numbers), in place of any others."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: None)
 
 
-def run_script(main):
+def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and end the process with its exit code: 2 for a UserError, 130 or 143 for a signal."""
 
     def leave(signum, frame):
@@ -334,7 +337,7 @@ def run_script(main):
     sys.exit(code)
 
 
-def say(text, file=None):
+def say(text: str, file=None) -> None:
     """Print a line at once, above the progress bars if any are shown."""
     tqdm.write(text, file=file or sys.stdout)
     (file or sys.stdout).flush()
@@ -346,7 +349,7 @@ def quiet_flower():
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def lock_file(path):
+def lock_file(path: Path):
     """Lock the file `path` for this process, until it ends: the lock, to be kept, or None where another process has it.
 
     The file holds nothing: on some systems locking empties it. Raises OSError where it cannot be made.
@@ -363,7 +366,7 @@ def lock_file(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """Give a path to write to; what was written gets the name `path` when the block ends well, and else vanishes.
 
     The file is on the disk before it is renamed, so that a power cut leaves the old file or the new one.
@@ -399,7 +402,7 @@ def tiff_tags(block):
     return tags
 
 
-def decode_image(encoded):
+def decode_image(encoded: bytes) -> np.ndarray:
     """An image file's bytes as a viewer shows them: uint8 or uint16 of H×W, H×W×3 (RGB) or H×W×4 (RGB and alpha).
 
     Upright, as its EXIF says; of an animation the first frame. Raises ValueError, with the reason, for what is damaged
@@ -451,7 +454,7 @@ def decode_image(encoded):
     return image
 
 
-def prepare_image(image, image_size, fit="squash", levels=None, channels=None):
+def prepare_image(image: np.ndarray, image_size, fit="squash", levels=None, channels=None) -> np.ndarray:
     """What a net sees of a decoded image: uint8 H×W if grey, H×W×3 (RGB) if coloured, of `image_size` (height, width).
 
     Of 16 bits a value of `levels` (low, high) becomes 0..255, or without them its upper byte is taken; alpha is put on
@@ -490,14 +493,14 @@ def prepare_image(image, image_size, fit="squash", levels=None, channels=None):
     return image
 
 
-def image_digest(image):
+def image_digest(image: np.ndarray) -> bytes:
     """16 bytes that two uint8 arrays share when their shapes and pixels are the same."""
     digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
     digest.update(image.tobytes())  # row by row, whatever the order in memory
     return digest.digest()
 
 
-def table_digest(rows, image_digests):
+def table_digest(rows, image_digests) -> str:
     """32 hex digits over the rows of a CSV, each a sequence of str, and over the images that they name, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for row, image in zip(rows, image_digests):
@@ -505,7 +508,7 @@ def table_digest(rows, image_digests):
     return digest.hexdigest()
 
 
-def cut_id(info):
+def cut_id(info: dict) -> str:
     """The id of a cut, 32 hex digits over what dataset.json says of it: two cuts share it when they are the same."""
     what = [info[name] for name in ("classes", "channels", "image_size", "shards", "test")]
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()

@@ -4,6 +4,8 @@ To train another net, write its class here, add it to `NETS`, and name it by `--
 A net takes `(in_channels, num_classes)`, and images of the size that its attribute `image_size` says (height, width).
 """
 
+from __future__ import annotations
+
 import hashlib
 from pathlib import Path
 
@@ -35,26 +37,26 @@ class LeNet5(nn.Module):
 NETS = {net.__name__: net for net in (LeNet5,)}  # yours goes here
 
 
-def find_net(name):
+def find_net(name: str) -> type[nn.Module]:
     """The class that NETS has under `name`. Raises UserError where it has none of that name."""
     if name not in NETS:
         raise UserError(f"nets.py has no net {name}; it has {', '.join(NETS)}")
     return NETS[name]
 
 
-def build_net(name, in_channels, num_classes):
+def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
     """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none."""
     model = find_net(name)(in_channels, num_classes)
     model.in_channels, model.num_classes = in_channels, num_classes
     return model
 
 
-def get_arrays(model):
+def get_arrays(model: nn.Module) -> list[np.ndarray]:
     """Copies of the parameters and buffers of `model`: a list of numpy arrays, in the order of its state dict."""
     return [tensor.detach().cpu().numpy().copy() for tensor in model.state_dict().values()]
 
 
-def set_arrays(model, arrays):
+def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
     """Put such a list into `model`, in place. Raises ValueError where number or shapes differ."""
     state = model.state_dict()
     if len(arrays) != len(state):
@@ -65,13 +67,13 @@ def set_arrays(model, arrays):
         tensor.copy_(torch.as_tensor(array))
 
 
-def fingerprint(model):
+def fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
     lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def trial(model):
+def trial(model: nn.Module) -> np.ndarray:
     """What `model` computes: a float32 vector of its outputs for fixed images and parameters, which replace its own.
 
     First the logits in eval mode, then those in train mode and the buffers that this pass leaves. A net that is random
@@ -98,7 +100,7 @@ def trial(model):
     return np.concatenate([output.float().cpu().numpy().ravel() for output in outputs])
 
 
-def same_trial(one, other):
+def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two vectors of `trial` are the same, as far as boards and versions of torch compute the same."""
     if one.shape != other.shape:
         return False
@@ -106,7 +108,7 @@ def same_trial(one, other):
     return np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, finite.max(initial=0)), equal_nan=True)
 
 
-def save_checkpoint(path, model, about=None):
+def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> None:
     """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
 
     `about` gives what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None where absent.
@@ -125,7 +127,7 @@ def save_checkpoint(path, model, about=None):
             torch.save(checkpoint, file)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:
     """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary).
 
     Runs no code from the file. Raises ValueError for a net that is not in this module.
@@ -138,7 +140,7 @@ def load_checkpoint(path):
     return model.eval(), checkpoint
 
 
-def predict(model, checkpoint, image):
+def predict(model: nn.Module, checkpoint: dict, image: Path | str | np.ndarray) -> tuple[str, dict[str, float]]:
     """The class that `model` sees in `image`, and the probability of each: (name, {name: 0..1}).
 
     `model` and `checkpoint` are what load_checkpoint returns; `image` is the path of a file, or an array as

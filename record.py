@@ -3,6 +3,8 @@
 strategies.py hands over each finished round to a Record, server.py builds it. Nothing here knows of Flower.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -175,7 +177,7 @@ class Worker:
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
-    def check(self):
+    def check(self) -> None:
         if self.error is not None:
             raise self.error
 
@@ -185,7 +187,7 @@ class Worker:
             raise RuntimeError(f"{self.thread.name} is closed")
         self._put(item)
 
-    def close(self):
+    def close(self) -> None:
         """End the thread. Afterwards all that was put is done, or this raises what prevented it.
 
         Waits as long as it goes on; raises TimeoutError when nothing is done for STALLED seconds. May be called again.
@@ -270,7 +272,7 @@ class Record:
         self.drawn_at = time.monotonic()
         self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
 
-    def add(self, row, arrays, clients):
+    def add(self, row: dict, arrays: list, clients: dict[str, dict]) -> None:
         """Hand over a finished round (see Round); waits where BACKLOG of them wait already.
 
         `row` needs the key round; of the other COLUMNS what is missing could not be measured.
@@ -278,11 +280,11 @@ class Record:
         row = {**dict.fromkeys(COLUMNS, math.nan), **row}
         self.worker.put(Round(row, arrays, clients))
 
-    def check(self):
+    def check(self) -> None:
         """Raise what went wrong in the worker, if anything did."""
         self.worker.check()
 
-    def close(self):
+    def close(self) -> None:
         """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
         self.worker.close()
 
@@ -376,7 +378,7 @@ def other_data(checkpoint, about):
     return None
 
 
-def find_run(folder, resume):
+def find_run(folder: Path, resume: bool | str) -> Path | None:
     """The folder to resume from, or None: `resume` is the value of --resume, which means `folder` where it is True."""
     if not resume:
         if earlier_run(folder):
@@ -395,7 +397,7 @@ def find_run(folder, resume):
     return None
 
 
-def resume(folder, model, about, allow_new_data=False):
+def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tuple[list[dict], str | None]:
     """Put the checkpoint in `folder` into `model`: (the rows of history.csv up to its round, its wandb run id).
 
     `about` is what this run's checkpoints will say of themselves. Raises UserError where the checkpoint or its history
@@ -544,7 +546,7 @@ def wandb_mode(wandb):
     return ("online" if has_key else "offline"), why
 
 
-def start_wandb(dataset, run_id, config, rows=(), needed=True):
+def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed: bool = True):
     """Start or continue a run in Weights & Biases: (Curves, one line that says where it is to be seen).
 
     `rows` are those of history.csv so far. Where the run `run_id` has later steps than those, or is not to be found,
@@ -673,5 +675,5 @@ class Progress:
     def show_drop(self, current, cid, reason):
         say(f"round {current}: dropped cid {cid}: {reason}")
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()

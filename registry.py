@@ -4,11 +4,14 @@ server.py runs the rounds with the clients that a Registry has admitted. This ha
 rounds, that one the rounds and no wire; Flower's engines, which have a wire of their own, have no need of this one.
 """
 
+from __future__ import annotations
+
 import functools
 import hmac
 import secrets
 import threading
 import time
+from collections.abc import Generator
 
 from libs import KEEPALIVE, keep_alive, np, printable, prove, say, tcp_sockets
 
@@ -124,7 +127,7 @@ class RemoteClient(ClientProxy):
         self.proxy.bridge.close()
 
 
-def handshake(num_clients, task, secret=None):
+def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Generator[dict, dict, dict]:
     """Decide on a client, without knowing how it is reached.
 
     A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
@@ -206,7 +209,7 @@ def ask_all(proxy, questions):
         answer = res.properties if res.status.code == Code.OK else {}
 
 
-def send_away(proxy, notice):
+def send_away(proxy: ClientProxy, notice: dict[str, str]) -> None:
     """Give a connection the notice, if it is not empty, and end it; where it says "stopped", to come back later."""
     try:
         if notice:
@@ -218,10 +221,27 @@ def send_away(proxy, notice):
     proxy.bridge.close()
 
 
+def say_goodbye(client, notice):
+    """Send a client away, with the notice where it can hear it: not while it is busy."""
+    if client.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
+        send_away(client.proxy, notice)
+    client.close()
+
+
+def in_use(client, other):
+    """Why a client may not take part whose cid another one has that is alive."""
+    reason = f"cid {client.cid} is in use by another device"
+    if other.properties["device_id"] == client.properties["device_id"]:
+        reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
+    return TurnedAway(reason, client.cid)
+
+
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
-    def __init__(self, num_clients, task, secret=None, port=None, on_join=None):
+    def __init__(
+        self, num_clients: int, task: dict, secret: bytes | None = None, port: int | None = None, on_join=None
+    ):
         super().__init__()
         self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
         self.on_join = on_join  # called with the cid and the properties of each client that is admitted
@@ -294,10 +314,7 @@ class Registry(SimpleClientManager):
                     self._cv.notify_all()
                     break
             if other.is_alive():
-                reason = f"cid {client.cid} is in use by another device"
-                if other.properties["device_id"] == client.properties["device_id"]:
-                    reason += ", with the same id: one card is a copy of the other's; give each device a cid of its own"
-                raise TurnedAway(reason, client.cid)
+                raise in_use(client, other)
         say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
         if self.on_join is not None:
             self.on_join(client.cid, client.properties)
@@ -334,13 +351,7 @@ class Registry(SimpleClientManager):
                 return
             self.closed, self.notice = True, notice
             clients = list(self.clients.values())
-
-        def end(client):
-            if client.lock.acquire(timeout=1 if notice else HEARTBEAT):  # at the end nobody trains any more
-                send_away(client.proxy, notice)
-            client.close()
-
-        threads = [threading.Thread(target=end, args=(client,), name="goodbye", daemon=True) for client in clients]
+        threads = [threading.Thread(target=say_goodbye, args=(client, notice), daemon=True) for client in clients]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -4,6 +4,8 @@ Checked is what they share: it drops what cannot be averaged, has the next class
 finished round to the record (record.py). server.py runs them with its own loop; they also run under Flower's `Server`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import math
@@ -11,7 +13,7 @@ import time
 
 from libs import np, printable
 
-from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import EvaluateRes, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
 from nets import get_arrays
@@ -31,7 +33,7 @@ def is_number(value):
         return False
 
 
-def metrics_aggregation_fn(results):
+def metrics_aggregation_fn(results: list[tuple[int, dict]]) -> dict[str, float]:
     """The means of metrics, weighted by examples.
 
     `results` is [(num_examples, {name: value}), …]; returns {name: float} for the names under which all of them have a
@@ -44,7 +46,7 @@ def metrics_aggregation_fn(results):
     return {name: math.fsum(n / total * metrics[name] for n, metrics in results) for name in names}
 
 
-def average(updates):
+def average(updates: list[tuple[int, list[np.ndarray]]]) -> list[np.ndarray]:
     """The mean of lists of arrays, weighted by examples (McMahan et al. 2017, arXiv 1602.05629).
 
     `updates` is [(num_examples, [array, …]), …], all of the same shapes and dtypes, which the mean keeps. It is
@@ -74,7 +76,7 @@ class Rejected(Exception):
     """A result that is not averaged, with the reason."""
 
 
-def check_metrics(metrics, names):
+def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
     """The finite numbers under `names`, as floats. Raises Rejected where one is missing, or an error stands there.
 
     Of the names in TELEMETRY it takes those that are there. Whatever else a device sends is left out: nothing is known
@@ -96,7 +98,7 @@ def check_examples(num_examples):
         raise Rejected(f"number of examples is {printable(num_examples)}, not a positive integer")
 
 
-def check_arrays(tensors, expected):
+def check_arrays(tensors: list[bytes], expected) -> list[np.ndarray]:
     """The arrays in `tensors`, a list of .npy bytes, if they are like `expected`, and finite.
 
     `expected` is [(name, array, the bytes before its values in an .npy file), …]. Arrays with those bytes, which all
@@ -123,19 +125,27 @@ def check_arrays(tensors, expected):
     return arrays
 
 
-def check_fit(res, expected):
+def check_fit(res: FitRes, expected) -> FitRes:
     """The FitRes `res` with its arrays read and its known metrics alone. Raises Rejected."""
     metrics = check_metrics(res.metrics, FIT_METRICS)
     check_examples(res.num_examples)
     return dataclasses.replace(res, parameters=Arrays(check_arrays(res.parameters.tensors, expected)), metrics=metrics)
 
 
-def check_evaluate(res):
+def check_evaluate(res: EvaluateRes) -> EvaluateRes:
     """The EvaluateRes `res` with its known metrics alone. Raises Rejected."""
     metrics = check_metrics(res.metrics, EVALUATE_METRICS)
     check_metrics({"loss": res.loss}, ("loss",))
     check_examples(res.num_examples)
     return dataclasses.replace(res, metrics=metrics)
+
+
+def add_figures(figures, metrics):
+    """Put what a client told with its evaluate to what it told with its fit; the times that it waited add up."""
+    waited = figures.get("wait_seconds", 0.0)
+    figures.update(metrics)
+    if "wait_seconds" in metrics:
+        figures["wait_seconds"] += waited
 
 
 def by_cid(result):
@@ -178,8 +188,8 @@ class Checked:
         on_row and log.
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
-    last aggregate_fit, {cid: text}. After the last round, `close` waits until all rounds are recorded; it
-    raises what went wrong there, as `check` does in between.
+    last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
+    `check` does.
     """
 
     least = 1  # results that the strategy needs
@@ -253,9 +263,7 @@ class Checked:
         if self.row is not None:
             self.row.update({name: metrics[name] for name in EVALUATE_METRICS if name in metrics})
             for client, res in kept:
-                figures = self.clients.setdefault(client.cid, {})
-                waited = figures.get("wait_seconds", 0.0) + res.metrics.get("wait_seconds", 0.0)
-                figures.update(res.metrics, **({"wait_seconds": waited} if "wait_seconds" in res.metrics else {}))
+                add_figures(self.clients.setdefault(client.cid, {}), res.metrics)
             self._finish_row()
         return loss, metrics
 
