@@ -184,8 +184,7 @@ class Checked:
     initial_model: the net that training starts from; round 1's devices get its parameters.
     save_ckp_path: where the newest global model goes; the rest of the record goes beside it (record.Record).
     on_drop: called with (round, cid, reason) for each result that is dropped.
-    record: a record.Record to take; without one it makes its own from the options last_round, test_loaders, about,
-        on_row and log.
+    record: a record.Record to take; without one it makes its own from RECORD_OPTIONS.
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
     last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
