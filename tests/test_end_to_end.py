@@ -87,8 +87,9 @@ def test_devices_leave_their_own_checkpoints(trained):
 def test_nothing_but_our_own_short_lines_is_shown(trained):
     for process in [trained.trained, *trained.clients]:
         assert process.err == ""
+        said = [line for line in process.out.splitlines() if not line.startswith("on ")]  # that one names versions
         for word in ("deprecat", "Traceback", "INFO", "flwr", "Flower"):
-            assert word not in process.out
+            assert not any(word in line for line in said)
     assert trained.trained.out.count("\n") < 20
     assert "model:" in trained.trained.out and "wandb sync" in trained.trained.out
 
