@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import stat
@@ -140,7 +141,7 @@ def read_secret(path: Path | None) -> bytes | None:
         return None
     try:
         if HAS_MODE_BITS and path.stat().st_mode & 0o077:
-            raise UserError(f"secret file {path} can be read by others: chmod 600 {path}")
+            raise UserError(f"secret file {path} can be read by others: chmod 600 {shlex.quote(str(path))}")
         secret = path.read_bytes().strip()
     except OSError as error:
         raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None

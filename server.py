@@ -52,7 +52,7 @@ from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
 from nets import build_net, find_net, fingerprint, trial
 from record import Progress, Record, complete, find_run, resume, start_wandb
-from registry import LOST, POLL, Registry
+from registry import LOST, POLL, ClientFailure, Registry
 from strategies import STRATEGIES, FedAvg
 
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
@@ -131,6 +131,13 @@ class Hopeless(Exception):
     """A round fails again and again, for reasons that do not pass by themselves."""
 
 
+def describe_failure(current, reasons):
+    """Why the run ends with the round `current`, which fails for `reasons`, in one line."""
+    shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
+    saved = f"rounds 1 to {current - 1} are saved" if current > 1 else "no round was finished, nothing is saved"
+    return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
+
+
 class Server(flwr.server.Server):
     """Flower's server with a loop that waits for the right clients, can be stopped, and goes on from any round.
 
@@ -172,7 +179,7 @@ class Server(flwr.server.Server):
             if parameters is None:
                 failed.append(self.lasting_reasons(len(instructions)))
                 if len(failed) >= HOPELESS and set.intersection(*failed[-HOPELESS:]):
-                    raise Hopeless(self.describe_failure(current))
+                    raise Hopeless(describe_failure(current, sorted(set(self.strategy.reasons.values()))))
                 say(f"round {current}: nobody trained; it is run again in {delay} s")
                 self.pause(delay)
                 delay = min(2 * delay, MAX_RETRY_DELAY)
@@ -195,12 +202,6 @@ class Server(flwr.server.Server):
         if may_pass or len(self.strategy.reasons) < num_asked:
             return set()
         return {re.sub(r"nan|inf|[\d.]+(e[+-]?\d+)?", "#", reason) for reason in reasons}
-
-    def describe_failure(self, current):
-        reasons = sorted(set(self.strategy.reasons.values()))
-        shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
-        saved = f"rounds 1 to {current - 1} are saved" if current > 1 else "no round was finished, nothing is saved"
-        return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
 
     def ask(self, method, instructions, timeout, current):
         """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …])."""
@@ -232,6 +233,8 @@ class Server(flwr.server.Server):
                 self.seconds[method, client.cid].append(time.monotonic() - started)
                 results.append(answer)
             else:
+                if not isinstance(answer, (tuple, ClientFailure)):  # an error of ours
+                    traceback.print_exception(answer)
                 failures.append(answer)
         return results, failures
 
