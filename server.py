@@ -4,7 +4,8 @@
     python server.py --server_address 0.0.0.0 --dataset CIFAR10 --num_clients 10 --num_rounds 100 --resume
 
 Waits for the clients, has all of them train at the same time in every round, averages what they send and tests the
-result. Leaves server.ptl, best.ptl, history.csv and metrics.png in ckps/<dataset>/, and the curves in Weights & Biases.
+result. Leaves server.ptl, best.ptl, history.csv, clients.csv and metrics.png in ckps/<dataset>/, and the curves in
+Weights & Biases.
 """
 
 import collections
