@@ -96,6 +96,7 @@ def test_no_figure_that_a_device_can_send_ends_the_drawing(tmp_path, value):
 
 KILL = """
 import os, signal, record
+record.SAVE_EVERY = 0  # each round by itself, however short
 
 def kill_after(owner, name, when):
     real = getattr(owner, name)
