@@ -180,6 +180,7 @@ class Server(flwr.server.Server):
             if parameters is None:
                 failed.append(self.lasting_reasons(len(instructions)))
                 if len(failed) >= HOPELESS and set.intersection(*failed[-HOPELESS:]):
+                    self.strategy.close()  # raises where what is said to be saved is not
                     raise Hopeless(describe_failure(current, sorted(set(self.strategy.reasons.values()))))
                 say(f"round {current}: nobody trained; it is run again in {delay} s")
                 self.pause(delay)
