@@ -7,13 +7,16 @@
 # make test-arm64    the README's steps for a device, on emulated ARM cores       (these three: as root, on Debian;
 # make test-deploy   make deploy to three booted systems, with power cuts          what they fetch or make once is
 # make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11              kept in ~/.cache/fl-iot)
+# make simulate  train many clients on this machine, on Flower's simulation engine (NUM_CLIENTS, ARGS, … can be set)
+# make test-engines  both of Flower's engines, for real: Ray is heavy, so not a part of make test
+# make test-newest   the whole suite with the newest of everything that requirements.txt lets in
 # Each sets up .venv first, from python3 and a package registry. SETUP_PYTHON=python3.12 takes another Python.
 
 SETUP_PYTHON ?= python3
 PYTHON := .venv/bin/python
 INSTALL := @$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
+.PHONY: setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
 export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE
 
 setup: .venv/setup
@@ -27,6 +30,18 @@ setup: .venv/setup
 .venv/setup-test: .venv/setup
 	$(INSTALL) hypothesis pillow psutil pytest ruff
 	@touch $@
+
+# Ray is for a laptop alone, and heavy: it has an environment of its own.
+.venv-simulation/setup: requirements.txt constraints.txt
+	@$(SETUP_PYTHON) -m venv .venv-simulation
+	@echo "installing requirements.txt and Ray into .venv-simulation; the first time this takes some minutes"
+	@.venv-simulation/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		--requirement requirements.txt "flwr[simulation]" hypothesis pillow psutil pytest
+	@touch $@
+
+simulate: .venv-simulation/setup
+	@.venv-simulation/bin/python deploy/simulate.py --dataset "$(or $(DATASET),CIFAR10)" $(NUM_CLIENTS:%=--num_clients %) \
+		$(NUM_ROUNDS:%=--num_rounds %) $(ARGS)
 
 demo: .venv/setup
 	@bash deploy/demo.sh
@@ -60,6 +75,15 @@ test: .venv/setup-test .venv-deploy/setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check --target-version py38 libs.py data.py nets.py engines.py client.py
 	$(PYTHON) -m pytest
+
+test-engines: .venv-simulation/setup
+	.venv-simulation/bin/python -m pytest -x -s tests/engines/simulation.py tests/engines/deployment.py
+
+test-newest: .venv-deploy/setup
+	@$(SETUP_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -qq --upgrade --requirement requirements.txt hypothesis pillow psutil pytest
+	.venv-newest/bin/python -m pip list --format freeze
+	.venv-newest/bin/python -m pytest
 
 bench: .venv/setup-test
 	$(PYTHON) benchmarks/bench.py

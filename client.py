@@ -29,6 +29,7 @@ from libs import (
     DATASETS,
     UserError,
     atomic_write,
+    find_folder,
     join_address,
     keep_alive,
     lock_file,
@@ -49,7 +50,7 @@ from libs import (
 
 import flwr
 import grpc
-from flwr.client import NumPyClient
+from flwr.client import ClientApp, NumPyClient
 from flwr.common import serde
 from flwr.proto.transport_pb2 import ClientMessage, Reason, ServerMessage
 from flwr.proto.transport_pb2_grpc import FlowerServiceStub
@@ -61,7 +62,7 @@ from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, set
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
 PROBE_TIMEOUT = 5  # seconds
-TOLD = ("round", "num_rounds", "fedbn")  # what the server tells with a fit besides the hyper-parameters
+TOLD = ("round", "num_rounds", "net", "dataset_id", "fedbn")  # what comes with a fit besides the hyper-parameters
 KEPT_RUNS = 8  # of which a device keeps its batch norm
 
 
@@ -161,7 +162,7 @@ class Client(NumPyClient):
         """
         self.notice = {name: config[name] for name in ("turned_away", "stopped") if name in config}
         if "net" in config:
-            return self.make_ready(config["net"], config.get("dataset_id"))
+            return {**self.properties, **self.make_ready(config["net"], config.get("dataset_id"))}
         if "nonce" in config:
             say("connected to the server")
             if self.secret is not None:
@@ -173,14 +174,17 @@ class Client(NumPyClient):
         answer = {"error": f"its nets.py has no net {net}"}
         if net in NETS:
             answer = {}
-            size = tuple(self.loaders["fit"].dataset.images.shape[2:])
-            if dataset_id not in (None, self.about["dataset_id"]) or size != NETS[net].image_size:
+            size = self.loaders and tuple(self.loaders["fit"].dataset.images.shape[2:])
+            if size != NETS[net].image_size or dataset_id not in (None, self.about["dataset_id"]):
                 try:
+                    again = " anew" if self.loaders else ""
                     self.loaders, info = self.load(NETS[net].image_size)
                     self.about.update(describe_in_checkpoint(info))
-                    say(f"the shard was read anew: {sizes(self.loaders)} images")
+                    say(f"the shard was read{again}: {sizes(self.loaders)} images")
                 except UserError as error:
                     answer["error"] = str(error)
+                    if self.loaders is None:
+                        return answer
             self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
             answer.update(fingerprint=fingerprint(self.model), trial=trial(self.model).tobytes())
             self.model.to(self.device)  # the parameters to start from come with the first fit
@@ -192,6 +196,18 @@ class Client(NumPyClient):
             "num_fit": len(self.loaders["fit"].dataset),
             "num_eval": len(self.loaders["eval"].dataset),
         }
+
+    def heed(self, config):
+        """Make ready by `config` where it names the net and the cut of the data, as it does on Flower's engines.
+
+        There, another process may have answered the last message. Raises UserError where the server has other data.
+        """
+        if "net" in config:
+            ready = self.make_ready(config["net"], config.get("dataset_id"))
+            if "error" in ready:
+                raise UserError(ready["error"])
+            if config.get("dataset_id") not in (None, ready["dataset_id"]):
+                raise UserError("its shard is not of the server's cut of the data any more")
 
     def get_parameters(self, config):
         """The parameters and buffers of the local model, a list of arrays in the order of its state dict."""
@@ -217,6 +233,7 @@ class Client(NumPyClient):
         """
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
+            self.heed(config)
             self.set_parameters(parameters)
             runs, current = self.runs(config), config.get("round")
             if runs and not self.own.put_into(self.model, runs) and current != 1:
@@ -255,6 +272,7 @@ class Client(NumPyClient):
         """
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
+            self.heed(config)
             self.set_parameters(parameters)
             self.own.put_into(self.model, self.runs(config))
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)
@@ -576,6 +594,46 @@ def main():
     say("on {board}: {threads} threads, torch {torch}, flwr {flwr}, Python {python}".format(**machine) + free)
     on_signal(lambda signum: os._exit(128 + signum))  # nothing has to be brought to an end
     return stay_connected(client, args.server_address, args.server_port, args.root_certificate, args.max_wait_time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same client as a Flower App, for Flower's engines: the simulation and the deployment.
+
+SHARDS = {}  # what this process has read, by folder and cid
+
+
+def client_fn(context):
+    """The client for one message to a SuperNode, which knows its cid and the suite's folder by its node config.
+
+    In a simulation the cid is the SuperNode's number, and the folder that of the server.
+    """
+    simulated = "partition-id" in context.node_config
+    config = {**context.node_config, **context.run_config} if simulated else context.node_config
+    cid, root = config.get("partition-id" if simulated else "cid"), find_folder(config)
+    if type(cid) is not int or cid < 0:
+        raise UserError(f"cid is {cid!r} in the SuperNode's --node-config, not the number of a shard")
+    dataset, device = context.run_config["dataset"], choose_device("auto")
+    folder, ckps = root / "datasets" / dataset, root / "ckps" / dataset
+
+    def load(image_size):
+        SHARDS[folder, cid] = load_shard(folder, cid, device, image_size)
+        return SHARDS[folder, cid]
+
+    with contextlib.suppress(OSError):  # a full card: training does without
+        ckps.mkdir(parents=True, exist_ok=True)
+    loaders, info = SHARDS.get((folder, cid), (None, None))
+    about = {"dataset": dataset, "args": dict(config), **(describe_in_checkpoint(info) if info else {})}
+    device_id_ = f"simulated {cid}" if simulated else device_id(ckps / f"client_{cid}.id")
+    properties = {"cid": cid, "dataset": dataset, "device_id": device_id_, "process": device_id_}
+    path = ckps / f"client_{cid}.ptl"
+    if not simulated:
+        properties.update(describe_machine())
+    elif not context.run_config["fedbn"]:
+        path = None  # no device that could use it, and a thousand files a round
+    return Client(None, loaders, device, path, properties, about, load=load).to_client()
+
+
+app = ClientApp(client_fn)
 
 
 if __name__ == "__main__":

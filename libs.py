@@ -135,6 +135,14 @@ def plain_args(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+def find_folder(config: dict) -> Path:
+    """The suite's own folder, of which a Flower App knows by its `config` alone. Raises UserError where it does not."""
+    folder = config.get("folder", "")
+    if not (isinstance(folder, str) and Path(folder).is_absolute() and Path(folder).is_dir()):
+        raise UserError(f"folder is {folder!r} in the config: it has to be the suite's folder here, from / on")
+    return Path(folder)
+
+
 def read_secret(path: Path | None) -> bytes | None:
     """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
     if path is None:

@@ -6,6 +6,7 @@ rounds, that one the rounds and no wire; Flower's engines, which have a wire of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import secrets
@@ -140,14 +141,16 @@ def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Gene
     cid = client.get("cid")
     reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
     if reason is None:
-        question = {"net": task["net"]}
-        if task["dataset_id"] is not None:
-            question["dataset_id"] = task["dataset_id"]
-        ready = yield question
+        ready = yield question_of(task["net"], task["dataset_id"])
         reason = why_not_ready(ready, cid, task)
     if reason is not None:
         raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
     return {**client, **ready}
+
+
+def question_of(net, dataset_id):
+    """What a client is told of its task, to make ready for it: the net, and the cut of the data where it has an id."""
+    return {"net": net} if dataset_id is None else {"net": net, "dataset_id": dataset_id}
 
 
 def why_not_client(client, nonce, num_clients, dataset, secret):
@@ -356,3 +359,98 @@ class Registry(SimpleClientManager):
             thread.start()
         for thread in threads:
             thread.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On Flower's engines.
+
+ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
+TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
+NODE_TIMEOUT = 600  # seconds for a SuperNode to make ready: a new process on a busy board, and what waits before it
+
+
+class Node(ClientProxy):
+    """A SuperNode of Flower's engines, of which the connection is Flower's affair, under its own cid.
+
+    It is asked when it is its `turn`, a lock that it shares with others.
+    """
+
+    def __init__(self, proxy, properties, turn):
+        super().__init__(str(properties["cid"]))
+        self.proxy, self.properties, self.turn = proxy, properties, turn
+        self.gone = threading.Event()
+
+    def _ask(self, method, ins, timeout, group_id):
+        started = time.monotonic()
+        try:
+            with self.turn:
+                return getattr(self.proxy, method)(ins, timeout, group_id)
+        except ValueError as error:  # Flower's for all that went wrong on the way or in the app's process
+            if timeout is not None and time.monotonic() - started >= timeout:
+                raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
+            raise ClientFailure(self.cid, LOST if "navailable" in str(error) else printable(error)) from None
+
+    get_properties = functools.partialmethod(_ask, "get_properties")
+    get_parameters = functools.partialmethod(_ask, "get_parameters")
+    fit = functools.partialmethod(_ask, "fit")
+    evaluate = functools.partialmethod(_ask, "evaluate")
+    reconnect = functools.partialmethod(_ask, "reconnect")
+
+    def is_alive(self):
+        return not self.gone.is_set()
+
+    def close(self):
+        self.gone.set()
+
+
+class Nodes(Registry):
+    """The SuperNodes that take part, by cid. Flower registers each; the handshake's checks decide on it.
+
+    One that is turned away is asked again later: what was wrong on its device may be mended.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.turns = threading.Semaphore(TURNS)
+
+    def _look_after(self, proxy):
+        # A simulation looks ten times a second for each answer; a thousand such threads would leave no core to train.
+        turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
+        said = None
+        while proxy.cid in self.connections and not self.closed:
+            try:
+                with turn:
+                    properties = ask_node(proxy, self.num_clients, self.task)
+                if self._admit(Node(proxy, properties, turn)):
+                    return
+            except TurnedAway as reason:
+                if str(reason) != said and not self.closed:
+                    say(f"turned away cid {reason.cid}: {reason}")
+                said = str(reason)
+            time.sleep(ASK_AGAIN)
+
+    def wait_for_round(self, min_clients, check):
+        self.num_available()  # has Flower look at once who is there
+        super().wait_for_round(min_clients, check)
+
+    def close(self, notice):
+        """Admit nobody any more. There is nobody to tell: each message is answered by itself."""
+        self.closed = True
+
+
+def ask_node(proxy, num_clients, task):
+    """What a SuperNode says of itself, its data and its net. Raises TurnedAway where it may not take part."""
+    question = question_of(task["net"], task["dataset_id"])
+    try:
+        answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
+    except ValueError as error:
+        raise TurnedAway(printable(error)) from None
+    cid = answer.get("cid")
+    reason = why_not_client(answer, "", num_clients, task["dataset"], None)
+    if reason is None and "error" in answer:
+        reason = printable(answer["error"])
+    if reason is None:
+        reason = why_not_ready(answer, cid, task)
+    if reason is not None:
+        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
+    return answer

@@ -10,7 +10,9 @@ Weights & Biases.
 
 import argparse
 import collections
+import dataclasses
 import errno
+import functools
 import inspect
 import ipaddress
 import os
@@ -28,9 +30,9 @@ import traceback
 from pathlib import Path
 
 from libs import (
-    CKPS,
-    DATASETS,
+    ROOT,
     UserError,
+    find_folder,
     join_address,
     lock_file,
     mute_handlers,
@@ -49,13 +51,14 @@ from libs import (
 
 import flwr.server
 from flwr.common import Code
-from flwr.server import ServerConfig, start_server
+from flwr.server import ServerApp, ServerConfig, start_server
+from flwr.server.compat.app import start_grid
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
 from nets import batch_norm_names, build_net, find_net, fingerprint, normalise_input, trial
-from record import Progress, Record, complete, find_run, resume, start_wandb
-from registry import LOST, POLL, ClientFailure, Registry
+from record import Curves, Progress, Record, complete, find_run, resume, start_wandb
+from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
 
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
@@ -66,8 +69,9 @@ HOPELESS = 5  # times in a row that a round may fail on all clients for the same
 LASTING = 3  # rounds in a row that --target_accuracy has to be reached
 
 
-def parse_args():
-    parser = new_parser(__doc__)
+def parse_args(settings=None, description=__doc__):
+    """The arguments, from the command line, or from the run's `settings` of a Flower App: {name of the flag: value}."""
+    parser = new_parser(description)
     positive = number(float, 0, inside=True)
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
     parser.add_argument("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
@@ -132,9 +136,20 @@ def parse_args():
         type=number(float, 0, 1),
         help=f"end the run once test_accuracy, 0 to 1, was this or more in {LASTING} rounds in a row (default: off)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(None if settings is None else as_flags(settings, parser))
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
     return args
+
+
+def as_flags(settings, parser):
+    """The `settings` of a Flower App as flags of `parser`. TOML has no None: "" stands for what is not given."""
+    flags = []
+    for name, value in settings.items():
+        if value is True or (value is False and f"--no-{name}" in parser.format_usage()):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not False and value != "":
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def count_clients(args, shards):
@@ -234,7 +249,10 @@ class Server(flwr.server.Server):
 
     def fit(self, num_rounds, timeout):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
-        mute_handlers()  # Flower's start_server has just put its own there
+        if hasattr(
+            on_signal, "writer"
+        ):  # signals are ours, but Flower's start_server has just put its own handlers there
+            mute_handlers()
         started, delay, current = time.monotonic(), 1, self.first_round
         failed = []  # for which lasting reasons the current round failed, a set a try
         self.parameters = self.strategy.initialize_parameters(self.registry)
@@ -399,34 +417,63 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
+    run = prepare(args, ROOT, functools.partial(Registry, secret=secret, port=args.server_port))
+    if run is None:
+        return 0
+    if secret is None and not is_loopback(args.server_address):
+        say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
+
+    on_signal(run.server.stop)
+    say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients, on {address}")
+    code = train(run, start_server, server_address=address, certificates=certificates)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run needs on the server, and must be kept until its end."""
+
+    server: Server
+    config: ServerConfig
+    record: Record
+    progress: Progress
+    curves: Curves
+    lock: object
+
+
+def prepare(args, root, new_registry, in_app=False):
+    """Read and check what lies in the suite's folder `root`: the Run of `args`, or None where all of it is done.
+
+    `new_registry` makes the registry of those who take part: a registry.Registry or Nodes. In a Flower App, where each
+    message may meet a new process, all of them tell which net to train, on which cut of the data.
+    """
     net = find_net(args.net)
     if args.augment is None:
         args.augment = getattr(net, "augment", False)
-    test, info = load_test(DATASETS / args.dataset, net.image_size)
+    test, info = load_test(root / "datasets" / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
     num_fit, model = count_fits(args), new_model(args, info)
-    folder = CKPS / args.dataset
+    folder = root / "ckps" / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
-    lock = hold_folder(folder, args.dataset)  # noqa: F841 (as long as this process lives)
+    lock = hold_folder(folder, args.dataset)
     source = find_run(folder, args.resume)
     rows, run_id, known_as = resume(source, model, about, args.allow_new_data) if source else ([], None, "")
     last_round = len(rows)
     if args.fedbn:
         about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
-    if secret is None and not is_loopback(args.server_address):
-        say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
-
     if last_round >= args.num_rounds:
         checkpoint = source / "server.ptl"
         say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
         complete(source, rows, run_id, about)
-        return 0
+        return None
     first_that_counts = last_round + 1 if args.allow_new_data else 1  # of those tested on the test set that is there
     if has_reached(args.target_accuracy, rows, last_round, first_that_counts):
         say(f"{source / 'server.ptl'}: {describe_target(args.target_accuracy, last_round)} already")
         complete(source, rows, run_id, about)
-        return 0
+        return None
 
     # The parts, from the last to the first.
     curves, where = start_wandb(args.dataset, run_id, settings, rows)
@@ -450,7 +497,9 @@ def main():
     )
     known = inspect.signature(client_fit_fn).parameters
     hyper_parameters = {name: value for name, value in settings.items() if name in known and value is not None}
-    told = {"fedbn": about["fedbn"]} if args.fedbn else {}
+    told = question_of(args.net, info["id"]) if in_app else {}
+    if args.fedbn:
+        told["fedbn"] = about["fedbn"]
     strategy = STRATEGIES[args.strategy](
         model,
         record=record,
@@ -477,28 +526,28 @@ def main():
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
-    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
+    registry = new_registry(args.num_clients, task, on_join=describe_client)
     auto_timeout = args.round_timeout == "auto"
     target = args.target_accuracy, first_that_counts
     server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, target)
-
-    on_signal(server.stop)
-    say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
     config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto_timeout else args.round_timeout)
-    code = run_rounds(server, server_address=address, config=config, certificates=certificates)
-    code = end_rounds(server, code)
-    progress.close()
-    curves.finish()
-    record.show_end()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+    return Run(server, config, record, progress, curves, lock)
 
 
-def run_rounds(server, **kwargs):
+def train(run, start, **kwargs):
+    """Have Flower `start` the rounds, to the last of them or whatever ends them. Returns the exit code."""
+    code = run_rounds(run.server, start, config=run.config, **kwargs)
+    code = end_rounds(run.server, code)
+    run.progress.close()
+    run.curves.finish()
+    run.record.show_end()
+    return code
+
+
+def run_rounds(server, start, **kwargs):
     """Run the rounds, up to the last or to whatever ends them before it. Returns the exit code."""
     try:
-        start_server(server=server, **kwargs)
+        start(server=server, **kwargs)
     except Stopped:
         say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C now leaves at once)")
     except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
@@ -522,15 +571,48 @@ def end_rounds(server, code):
 
 
 def fail(error):
-    """Say why the server ends: in a line where the run or a disk is at fault, else with the traceback. Returns 1."""
-    if isinstance(error, Hopeless):
+    """Say why the server ends: in a line where the run or a disk is at fault, else with the traceback. Returns the exit
+    code, 2 for a UserError and else 1."""
+    if isinstance(error, (Hopeless, UserError)):
         say(f"server.py: {error}", sys.stderr)
     elif isinstance(error, OSError):
         say(f"server.py: cannot go on: {error}", sys.stderr)
     else:
         traceback.print_exception(error)
         say(f"server.py: cannot go on: {type(error).__name__}: {error}", sys.stderr)
-    return 1
+    return 2 if isinstance(error, UserError) else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same server as a Flower App, for Flower's engines: the simulation and the deployment.
+
+
+app = ServerApp()
+
+
+@app.main()
+def run_app(grid, context):
+    """Train with the SuperNodes of `grid`, by the run's config: pyproject.toml, and what `flwr run` was told besides.
+
+    Flower copies the app's files elsewhere before it runs them: datasets/ and ckps/ lie in the `folder` of the config.
+    """
+    code = 0
+    try:
+        folder = find_folder(context.run_config)
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        args = parse_args({name: value for name, value in context.run_config.items() if name != "folder"})
+        if not args.verbose:
+            quiet_flower()
+        run = prepare(args, folder, Nodes, in_app=True)
+        if run is not None:
+            say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients")
+            code = train(run, start_grid, grid=grid)
+    except Exception as error:
+        code = fail(error)
+    if code != 0:
+        raise RuntimeError(
+            f"exit code {code}; the lines of server.py say why"
+        )  # for Flower, which calls the run failed
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import io
 import math
 import secrets
 import time
+from collections.abc import Mapping
 
 from libs import np, printable
 
@@ -85,7 +86,7 @@ def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
     Of the names in TELEMETRY it takes those that are there. Whatever else a device sends is left out: nothing is known
     of it.
     """
-    if not isinstance(metrics, dict):
+    if not isinstance(metrics, Mapping):
         raise Rejected(f"its metrics are {printable(metrics)}, not a dictionary")
     if "error" in metrics:
         raise Rejected(printable(metrics["error"]))
