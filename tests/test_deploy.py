@@ -4,8 +4,10 @@ through an sshd of the test's own. What systemd does with it on booted systems i
 
 import ast
 import getpass
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,30 @@ def test_what_is_copied_is_what_a_client_imports():
 def test_make_asks_for_the_inventory():
     done = subprocess.run(["make", "-o", ".venv-deploy/setup", "status"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "make status needs INVENTORY=FILE" in done.stderr.splitlines()[0], done
+
+
+def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
+    """One variable makes it a SuperNode, by the command that the README has and make test-engines runs."""
+    play = "- hosts: all\n  gather_facts: false\n  tasks:\n    - ansible.builtin.template:\n"
+    play += f"        src: {ROOT}/deploy/fl-iot-client.service.j2\n        dest: '{tmp_path}/unit'\n"
+    (tmp_path / "play.yml").write_text(play)
+    facts = {"cid": 3, "folder": "/home/pi/FL-IoT", "server_address": "LAPTOP_IP", "dataset_name": "CIFAR10"}
+    facts.update(runs="", ansible_python_interpreter=sys.executable)
+    started = []
+    for as_supernode in (True, False):
+        given = json.dumps({**facts, "as_supernode": as_supernode})
+        done = ansible("-i", "localhost,", "-c", "local", "--extra-vars", given, tmp_path / "play.yml")
+        assert done.returncode == 0, done
+        (line,) = re.findall(r"^ExecStart=(.*)", (tmp_path / "unit").read_text(), re.MULTILINE)
+        started.append(shlex.split(line))
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    command = shlex.split(re.search(r"\.venv/bin/(flower-supernode .*)", readme)[1])
+    names = {"certificates/ca.pem": "ca.pem", "device_3": "supernode_key"}  # as the playbook copies them
+    assert started[0] == [
+        "/home/pi/FL-IoT/.venv/bin/flower-supernode",
+        *(names.get(word, word) for word in command[1:]),
+    ]
+    assert started[1][1] == "client.py"
 
 
 @pytest.fixture
@@ -152,6 +178,11 @@ def test_the_end_says_which_failed_and_why(shelf, suite):
         ((" cid=1", " cid=0"), "cid 0 is given to pi0 and pi1"),
         ((" cid=1", ""), "no cid: give each device one in the inventory"),
         (("server_address=", "# "), "no server_address: say in the inventory how the devices reach the server"),
+        (("dataset=", "supernode=true\ndataset="), "a SuperNode needs root_certificate and supernode_key"),
+        (
+            ("dataset=", "supernode=yes\nroot_certificate=a\nsupernode_key=b\nclient_flags=--verbose\ndataset="),
+            "client_flags: of client.py alone, not of a SuperNode",
+        ),
     ],
 )
 def test_inventories_that_cannot_be_meant(shelf, suite, change, words):
