@@ -1,0 +1,72 @@
+"""deploy/simulate.py for real, with Ray: the same history as by the scripts, --resume to and fro, Ctrl-C, mistakes."""
+
+import signal
+
+import pandas as pd
+import psutil
+import pytest
+from conftest import NUM_ROUNDS, SAME, compare, train_by_scripts
+from helpers import history, lines, wait_until, wandb_folders, wandb_steps
+
+
+def simulate(suite, *args):
+    return suite.start("deploy/simulate.py", "--dataset", "Tiny", *SAME, *args)
+
+
+def left_over(suite):
+    """Names of the processes of Flower, Ray and wandb that run for this suite, but zombies."""
+    names = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME_OF_TEST") == str(suite.root) and process.status() != "zombie":
+                names.append(" ".join(process.cmdline())[:80])
+        except psutil.Error:
+            continue
+    return names
+
+
+@pytest.fixture
+def app(app):
+    app.env["FLWR_HOME_OF_TEST"] = str(app.root)
+    yield app
+    assert not left_over(app)
+
+
+def test_the_same_run_and_on_from_it(app, by_scripts):
+    run = simulate(app, "--num_rounds", NUM_ROUNDS)
+    assert run.wait(180) == 0, run
+    compare(by_scripts, history(app), "simulation")
+    assert len(lines(run, f"round {NUM_ROUNDS}/{NUM_ROUNDS}  fit_loss")) == 1 and "Traceback" not in run.out + run.err
+    assert wandb_steps(wandb_folders(app)[0]) == list(range(1, NUM_ROUNDS + 1))
+    clients = pd.read_csv(app.ckps("Tiny") / "clients.csv")
+    assert sorted(set(clients["cid"])) == [0, 1, 2, 3] and len(clients) == 4 * NUM_ROUNDS
+    assert {path.name for path in app.ckps("Tiny").glob("*.p*")} == {"server.ptl", "best.ptl", "metrics.png"}
+
+    train_by_scripts(app, NUM_ROUNDS + 1, "--resume")
+    run = simulate(app, "--num_rounds", NUM_ROUNDS + 2, "--resume", "--fraction_fit", 0.5)
+    assert run.wait(180) == 0, run
+    table = history(app)
+    assert list(table["round"]) == list(range(1, NUM_ROUNDS + 3)) and list(table["clients"][-2:]) == [4, 2]
+    pd.testing.assert_frame_equal(
+        table[:NUM_ROUNDS][by_scripts.columns[:9]], by_scripts[by_scripts.columns[:9]], atol=1e-3
+    )
+
+
+def test_ctrl_c_leaves_nothing_behind(app):
+    run = simulate(app, "--num_rounds", 1000)
+    run.wait_for("round 2/1000", 120)
+    assert any("ray" in name for name in left_over(app))
+    run.send(signal.SIGINT)
+    assert run.wait(30) == 130, run
+    wait_until("all are gone", lambda: not left_over(app), 10)
+    assert len(history(app)) >= 2
+
+
+def test_mistakes_end_it_in_one_line(app):
+    for args, words in (
+        (["--num_rounds", "x"], "x is not a whole number"),
+        (["--server_port", "99"], "--server_port has no effect in a simulation"),
+        (["--num_rounds", "1", "--resume", "nowhere"], "cannot resume from nowhere: there is no server.ptl in it"),
+    ):
+        run = simulate(app, *args)
+        assert run.wait(120) == 2 and len(run.err.splitlines()) == 1 and words in run.err, run
