@@ -56,11 +56,13 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import NETS, build_net, fingerprint, get_arrays, set_arrays, trial
+from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, set_arrays, trial
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
 PROBE_TIMEOUT = 5  # seconds
+TOLD = ("round", "num_rounds", "fedbn")  # what the server tells with a fit besides the hyper-parameters
+KEPT_RUNS = 8  # of which a device keeps its batch norm
 
 
 def parse_args():
@@ -81,6 +83,57 @@ def parse_args():
     return args
 
 
+class OwnBatchNorm:
+    """A device's batch norm, which it keeps to itself with --fedbn (FedBN, Li et al. 2021, arXiv 2102.07623).
+
+    The file `path` holds that of the last KEPT_RUNS runs, {name of the run: {name: tensor}}. It is written whole after
+    each fit, so that a device that starts anew goes on with what it had.
+    """
+
+    def __init__(self, path):
+        self.path, self.kept = path, None  # read when it is asked for
+
+    def put_into(self, model, runs):
+        """Put what was kept for the first of the `runs` for which anything was into `model`; whether there was any."""
+        if runs and self.kept is None:
+            self.kept = self._read()
+        for run in runs:
+            if run in self.kept:
+                self.kept[run] = self.kept.pop(run)  # the newest now: not the one to be dropped
+                state = model.state_dict()
+                for name, tensor in self.kept[run].items():
+                    state[name].copy_(tensor)
+                return True
+        return False
+
+    def keep(self, model, run):
+        """Keep the batch norm of `model`, unless it has diverged: the server, too, drops what is not finite."""
+        state = model.state_dict()
+        own = {name: state[name].detach().cpu().clone() for name in batch_norm_names(model)}
+        if not all(torch.isfinite(tensor).all() for tensor in own.values()):
+            return
+        self.kept.pop(run, None)
+        self.kept[run] = own
+        for old in list(self.kept)[:-KEPT_RUNS]:
+            del self.kept[old]
+        try:
+            with atomic_write(self.path) as part, open(part, "wb") as file:
+                torch.save(self.kept, file)
+        except OSError as error:
+            say(f"cannot write {self.path} ({error.strerror}): batch norm is lost when this process ends")
+
+    def _read(self):
+        if self.path is None:
+            raise UserError("--fedbn needs a folder to keep batch norm in")
+        if not self.path.exists():
+            return {}
+        try:
+            return dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever torch makes of a damaged file
+            say(f"{self.path} cannot be read ({type(error).__name__}): batch norm begins with the server's")
+            return {}
+
+
 class Client(NumPyClient):
     """Flower's client for one shard: trains and evaluates `model` on loaders["fit"] and loaders["eval"].
 
@@ -95,6 +148,7 @@ class Client(NumPyClient):
         self.model, self.loaders, self.device = model, loaders, device
         self.save_ckp_path, self.about, self.secret = save_ckp_path, about or {}, secret
         self.properties, self.load = properties or {}, load
+        self.own = OwnBatchNorm(save_ckp_path and Path(save_ckp_path).with_suffix(".bn"))
         self.notice = {}  # what the server said before it sends us away
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
@@ -147,8 +201,16 @@ class Client(NumPyClient):
         """Put such a list into the local model. Raises ValueError where number or shapes differ."""
         set_arrays(self.model, parameters)
 
+    def runs(self, config):
+        """The names under which this device may have kept its batch norm of the server's run, the newest first.
+
+        Another cut of the data, or another net, is another run. [] without --fedbn.
+        """
+        names = config.get("fedbn", "").split()
+        return [f"{name} {self.about.get('dataset_id')} {fingerprint(self.model)}" for name in names]
+
     def fit(self, parameters, config):
-        """Train from `parameters` with the hyper-parameters in `config`: all of it but "round" and "num_rounds".
+        """Train from `parameters` with the hyper-parameters in `config`: all of it but those in TOLD.
 
         Returns (parameters, number of fit images, metrics of engines.client_fit_fn and telemetry), or ([], 0, {"error":
         reason}).
@@ -156,8 +218,10 @@ class Client(NumPyClient):
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
             self.set_parameters(parameters)
-            hyper_parameters = {name: config[name] for name in config if name not in ("round", "num_rounds")}
-            current = config.get("round")
+            runs, current = self.runs(config), config.get("round")
+            if runs and not self.own.put_into(self.model, runs) and current != 1:
+                say("batch norm begins with the server's: this device has none of this run")
+            hyper_parameters = {name: config[name] for name in config if name not in TOLD}
             if "seed" in config:  # another one in each round and on each device
                 sequence = np.random.SeedSequence([config["seed"], current, self.properties["cid"]])
                 hyper_parameters["seed"] = int(sequence.generate_state(1)[0])
@@ -169,6 +233,8 @@ class Client(NumPyClient):
                 about={**self.about, "round": current},
                 **hyper_parameters,
             )
+            if runs:
+                self.own.keep(self.model, runs[0])
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
             telemetry["fit_seconds"] = time.monotonic() - started
@@ -182,7 +248,7 @@ class Client(NumPyClient):
             self.answered = time.monotonic()
 
     def evaluate(self, parameters, config):
-        """Measure the global model `parameters` on the eval images.
+        """Measure the global model `parameters` on the eval images, with --fedbn under the device's own batch norm.
 
         Returns (loss, number of eval images, {"global_eval_loss", "global_eval_accuracy", and telemetry}), or
         (0.0, 0, {"error": reason}).
@@ -190,6 +256,7 @@ class Client(NumPyClient):
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
             self.set_parameters(parameters)
+            self.own.put_into(self.model, self.runs(config))
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)
             metrics = {"global_eval_loss": loss, "global_eval_accuracy": accuracy}
             telemetry["eval_seconds"] = time.monotonic() - started

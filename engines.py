@@ -12,6 +12,8 @@ from libs import nn, say, torch, tqdm
 
 from nets import save_checkpoint
 
+SHIFT = 4  # pixels by which --augment shifts an image at most, as usual for CIFAR (He et al. 2015, arXiv 1512.03385)
+
 
 def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:
     """Train `model` for one pass over `loader`, or only measure it where `optimizer` is None.
@@ -38,6 +40,59 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     weights = torch.tensor(sizes, dtype=torch.float64)
     loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
     return loss.item(), torch.stack(hits).sum().item() / sum(sizes)
+
+
+class Augmented:
+    """A loader whose batches are those of `loader`, with each image changed at random (shift_and_mirror)."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels in self.loader:
+            yield shift_and_mirror(images), labels
+
+
+def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
+    """Each of the `images` (B×C×H×W) shifted by up to SHIFT pixels either way, with black at the edge that comes in.
+
+    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right, every
+    other one; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
+    """
+    size, channels, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device) + torch.randint(2 * SHIFT + 1, (size, 1), device=device)
+    columns = torch.arange(width, device=device) + torch.randint(2 * SHIFT + 1, (size, 1), device=device)
+    if channels == 3:
+        columns = torch.where(torch.rand(size, 1, device=device) < 0.5, columns.flip(1), columns)
+    pixels = (rows[:, :, None] * (width + 2 * SHIFT) + columns[:, None]).flatten(1)  # B×(H·W), for all channels alike
+    bordered = nn.functional.pad(images, [SHIFT] * 4).flatten(2)
+    return bordered.gather(2, pixels[:, None].expand(-1, channels, -1)).view(images.shape)
+
+
+class Proximal:
+    """An optimizer with FedProx's term (Li et al. 2020, arXiv 1812.06127) in each step of `optimizer`.
+
+    The term, mu/2·‖w − w₀‖² over what is trained, pulls it towards the global model w₀, which the parameters are when
+    this is made.
+    """
+
+    def __init__(self, optimizer, parameters, mu):
+        self.optimizer, self.mu = optimizer, mu
+        self.pairs = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter.requires_grad]
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, start in self.pairs:
+            pull = (parameter - start).mul_(self.mu)
+            parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+        self.optimizer.step()
 
 
 class Adam:
@@ -82,14 +137,17 @@ def client_fit_fn(
     lr: float = 1e-3,
     seed: int | None = None,
     about: dict | None = None,
+    proximal_mu: float = 0.0,
+    augment: bool = False,
 ) -> dict[str, float]:
     """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
 
     Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
-    trained, and those of the trained model. With a `seed` the order of the images, and what is random in the net, is
-    the same each time. Saves a checkpoint, which `about` describes (nets.save_checkpoint), to `save_ckp_path` if given;
-    where that cannot be written it only says so, for the result does not depend on it. `training_verbose` shows a bar a
-    pass, on a terminal.
+    trained, and those of the trained model. `proximal_mu` is FedProx's (Proximal), no part of the losses; `augment`
+    changes the fit images, and the fit figures with them (shift_and_mirror), but not the others. With a `seed` the
+    order of the images, and what is random in the net, is the same each time. Saves a checkpoint, which `about`
+    describes (nets.save_checkpoint), to `save_ckp_path` if given; where that cannot be written it only says so, for the
+    result does not depend on it. `training_verbose` shows a bar a pass, on a terminal.
 
     The server's arguments that have the name of a parameter here travel to it with each round.
     """
@@ -97,10 +155,13 @@ def client_fit_fn(
         torch.manual_seed(seed)
     model.to(device)
     optimizer = Adam(model.parameters(), lr)
+    if proximal_mu:
+        optimizer = Proximal(optimizer, model.parameters(), proximal_mu)
+    fit_loader = Augmented(loaders["fit"]) if augment else loaders["fit"]
     show = training_verbose and sys.stderr.isatty()
     for epoch in range(1, num_epochs + 1):
         title = f"epoch {epoch}/{num_epochs}" if show else None
-        fit_loss, fit_accuracy = run_epoch(loaders["fit"], model, device, optimizer, title)
+        fit_loss, fit_accuracy = run_epoch(fit_loader, model, device, optimizer, title)
     eval_loss, eval_accuracy = run_epoch(loaders["eval"], model, device, title="eval" if show else None)
     metrics = {
         "fit_loss": fit_loss,

@@ -2,6 +2,8 @@
 
 To train another net, write its class here, add it to `NETS`, and name it by `--net` on the server; the devices follow.
 A net takes `(in_channels, num_classes)`, and images of the size that its attribute `image_size` says (height, width).
+What else it may have: the attribute `augment`, which is the server's default for --augment, and the buffers
+`input_mean` and `input_std` to normalise its input by (normalise_input).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import hashlib
 from pathlib import Path
 
 from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, torch
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
 
@@ -34,7 +38,33 @@ class LeNet5(nn.Module):
         return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
 
 
-NETS = {net.__name__: net for net in (LeNet5,)}  # yours goes here
+class GroupNet(nn.Module):
+    """Three convolutions with group norm (Wu & He 2018, arXiv 1803.08494) and ReLU, for images of 32×32.
+
+    Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. Nothing in it depends on the
+    other images of a batch, or is a running mean of a device's own: it suits skewed data, and every strategy.
+    """
+
+    image_size = (32, 32)
+    augment = True
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.register_buffer("input_mean", torch.full((1, in_channels, 1, 1), 0.5))
+        self.register_buffer("input_std", torch.full((1, in_channels, 1, 1), 0.25))
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 32, 5, 2, 2), nn.GroupNorm(8, 32), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(32, 48, 3, 2, 1), nn.GroupNorm(8, 48), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(48, 64, 3, 1, 1), nn.GroupNorm(8, 64), nn.ReLU())
+        self.layer4 = nn.Sequential(nn.Linear(4096, 32), nn.ReLU())
+        self.classifier = nn.Linear(32, num_classes)
+
+    def forward(self, images):
+        images = (images - self.input_mean) / self.input_std
+        return self.classifier(self.layer4(self.layer3(self.layer2(self.layer1(images))).flatten(1)))
+
+
+NETS = {net.__name__: net for net in (LeNet5, GroupNet)}  # yours goes here
 
 
 def find_net(name: str) -> type[nn.Module]:
@@ -49,6 +79,25 @@ def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
     model = find_net(name)(in_channels, num_classes)
     model.in_channels, model.num_classes = in_channels, num_classes
     return model
+
+
+def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float] | None) -> None:
+    """Have `model` normalise its input by a data set's `mean` and `std`, a float in 0..1 a channel, where both can.
+
+    They go into its buffers `input_mean` and `input_std` (float32 1×C×1×1), and with these to the devices and into the
+    checkpoints. A net without the buffers, and a data set that does not say (None), change nothing.
+    """
+    for name, values in (("input_mean", mean), ("input_std", std and [max(value, 1 / 255) for value in std])):
+        buffer = dict(model.named_buffers()).get(name)
+        if buffer is not None and values is not None:
+            buffer.copy_(torch.tensor(values).view_as(buffer))
+
+
+def batch_norm_names(model: nn.Module) -> list[str]:
+    """The names in the state dict of `model` that belong to batch norm, parameters and buffers alike."""
+    modules = model.named_modules(remove_duplicate=False)  # as the state dict names one that stands twice
+    norms = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, _BatchNorm)]
+    return [prefix + key for prefix, module in norms for key in module.state_dict()]
 
 
 def get_arrays(model: nn.Module) -> list[np.ndarray]:
@@ -86,7 +135,7 @@ def trial(model: nn.Module) -> np.ndarray:
             values = torch.from_numpy(np.resize(noise, tuple(tensor.shape)))
             if tensor.ndim > 1:
                 values = values / tensor[0].numel() ** 0.5  # so that the outputs stay about as large as the inputs
-            elif "running_var" in name:
+            if name.endswith(("running_var", "input_std")):  # which are never negative or next to nothing
                 values = values.abs().clamp(0.01)
             tensor.copy_(values)
     model_device = next(iter(model.state_dict().values())).device

@@ -122,12 +122,13 @@ class ClientHistory:
 
     def summarise(self, num_rounds):
         """What the user is told of each client at the end of `num_rounds` rounds: a list of lines."""
+        trained = [row for row in self.rows if not math.isnan(row["examples"])]  # the others only evaluated
         slowest = {}  # round: its longest fit
-        for row in self.rows:
+        for row in trained:
             slowest[row["round"]] = max(row["fit_seconds"], slowest.get(row["round"], -1.0))
         lines = []
         for cid in sorted({row["cid"] for row in self.rows}, key=lambda cid: (len(cid), cid)):
-            rows = [row for row in self.rows if row["cid"] == cid]
+            rows = [row for row in trained if row["cid"] == cid]
             facts = [f"{len(rows)} of {num_rounds} rounds"]
             fits = [row["fit_seconds"] for row in rows if not math.isnan(row["fit_seconds"])]
             if fits:
@@ -397,8 +398,10 @@ def find_run(folder: Path, resume: bool | str) -> Path | None:
     return None
 
 
-def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tuple[list[dict], str | None]:
-    """Put the checkpoint in `folder` into `model`: (the rows of history.csv up to its round, its wandb run id).
+def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tuple[list[dict], str | None, str]:
+    """Put the checkpoint in `folder` into `model`: (the rows of history.csv up to its round, its wandb run id, fedbn).
+
+    The last names the run to its devices, "" where they keep nothing for it (server.py, --fedbn).
 
     `about` is what this run's checkpoints will say of themselves. Raises UserError where the checkpoint or its history
     cannot be read, or does not fit; other data is refused unless it is allowed.
@@ -415,7 +418,7 @@ def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tu
             raise UserError(f"cannot resume from {path}: {other}; --allow_new_data goes on with the new data")
         model.load_state_dict(saved.state_dict())
         rows = History(folder / "history.csv", checkpoint["round"]).rows
-        return rows, checkpoint["wandb_run_id"]
+        return rows, checkpoint["wandb_run_id"], checkpoint.get("fedbn", "")
     except UserError:
         raise
     except ValueError as error:

@@ -8,6 +8,7 @@ result. Leaves server.ptl, best.ptl, history.csv, clients.csv and metrics.png in
 Weights & Biases.
 """
 
+import argparse
 import collections
 import errno
 import inspect
@@ -15,6 +16,7 @@ import ipaddress
 import os
 import queue
 import re
+import secrets
 import signal
 import socket
 import ssl
@@ -51,7 +53,7 @@ from flwr.server import ServerConfig, start_server
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
-from nets import build_net, find_net, fingerprint, trial
+from nets import batch_norm_names, build_net, find_net, fingerprint, normalise_input, trial
 from record import Progress, Record, complete, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Registry
 from strategies import STRATEGIES, FedAvg
@@ -61,6 +63,7 @@ LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usu
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
 MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
 HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
+LASTING = 3  # rounds in a row that --target_accuracy has to be reached
 
 
 def parse_args():
@@ -105,6 +108,30 @@ def parse_args():
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     parser.add_argument("--net", default="LeNet5", help="net to train, one of nets.py's: the devices build it too")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="shift the images to train on at random, and mirror coloured ones; grey ones may be digits. --no-augment "
+        "where a shifted or mirrored image means something else (default: as the net has it)",
+    )
+    parser.add_argument(
+        "--proximal_mu",
+        type=number(float, 0, 1000),
+        default=0.0,
+        help="FedProx: how strongly the devices' models are held near the global one",
+    )
+    parser.add_argument("--fedbn", action="store_true", help="FedBN: each device keeps its own batch norm")
+    parser.add_argument(
+        "--fraction_fit",
+        type=number(float, 0.001, 1),
+        default=1.0,
+        help="part of num_clients that trains in a round, drawn anew each time, by --seed if given; all evaluate",
+    )
+    parser.add_argument(
+        "--target_accuracy",
+        type=number(float, 0, 1),
+        help=f"end the run once test_accuracy, 0 to 1, was this or more in {LASTING} rounds in a row (default: off)",
+    )
     args = parser.parse_args()
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
     return args
@@ -122,6 +149,44 @@ def count_clients(args, shards):
             f"--strategy {args.strategy} needs rounds of {least} clients or more; "
             f"--num_clients {args.num_clients} --min_clients {args.min_clients} allow smaller ones"
         )
+
+
+def count_fits(args):
+    """How many clients train in a round. Raises UserError where these are always too few for the strategy."""
+    num_fit = max(1, int(args.fraction_fit * args.num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
+    least = STRATEGIES[args.strategy].least
+    if num_fit < least:
+        raise UserError(
+            f"--strategy {args.strategy} needs rounds of {least} clients or more; "
+            f"--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_fit}"
+        )
+    return num_fit
+
+
+def new_model(args, info):
+    """The net to start from, for the data set `info`. Raises UserError where --fedbn would have no effect on it."""
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model = build_net(args.net, info["channels"], len(info["classes"]))
+    normalise_input(model, info.get("mean"), info.get("std"))
+    if args.fedbn and not batch_norm_names(model):
+        raise UserError(f"--fedbn has nothing to keep on the devices: {args.net} has no batch norm")
+    return model
+
+
+def has_reached(target, rows, current):
+    """Whether the test accuracy was `target` or more in the last LASTING rounds up to `current`.
+
+    None as long as that depends on rounds that are not among the `rows` of the history; no `target` is never reached.
+    """
+    last = [row["test_accuracy"] for row in rows[-LASTING:] if row["round"] > current - LASTING]
+    if target is None or current < LASTING or not all(accuracy >= target for accuracy in last):
+        return False
+    return True if len(last) == LASTING else None
+
+
+def describe_target(target, current):
+    return f"test_accuracy was {target:g} or more in the rounds {current - LASTING + 1} to {current}: the run is over"
 
 
 class Stopped(Exception):
@@ -145,10 +210,10 @@ class Server(flwr.server.Server):
     A round is counted only if somebody trained in it.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False):
+    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, target_accuracy=None):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
-        self.auto_timeout = auto_timeout
+        self.auto_timeout, self.target_accuracy = auto_timeout, target_accuracy
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
@@ -190,8 +255,20 @@ class Server(flwr.server.Server):
             instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
+            if self.reached_target(current):
+                self.strategy.close()
+                say(describe_target(self.target_accuracy, current))
+                break
             current += 1
         return flwr.server.History(), time.monotonic() - started
+
+    def reached_target(self, current):
+        """Whether the run ends with the round `current`; waits for the record only where that depends on its tests."""
+        rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
+        while (reached := has_reached(self.target_accuracy, rows, current)) is None:
+            self.check()
+            time.sleep(0.02)
+        return reached
 
     def lasting_reasons(self, num_asked):
         """Why the last try failed on all that were asked, without the numbers in it; empty where that may pass.
@@ -321,18 +398,21 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    test, info = load_test(DATASETS / args.dataset, find_net(args.net).image_size)
+    net = find_net(args.net)
+    if args.augment is None:
+        args.augment = getattr(net, "augment", False)
+    test, info = load_test(DATASETS / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    model = build_net(args.net, info["channels"], len(info["classes"]))
+    num_fit, model = count_fits(args), new_model(args, info)
     folder = CKPS / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
     lock = hold_folder(folder, args.dataset)  # noqa: F841 (as long as this process lives)
     source = find_run(folder, args.resume)
-    rows, run_id = resume(source, model, about, args.allow_new_data) if source else ([], None)
+    rows, run_id, known_as = resume(source, model, about, args.allow_new_data) if source else ([], None, "")
     last_round = len(rows)
+    if args.fedbn:
+        about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
     if secret is None and not is_loopback(args.server_address):
         say(f"warning: whoever reaches {address} can take part in the training; --secret_file prevents that")
 
@@ -341,12 +421,19 @@ def main():
         say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
         complete(source, rows, run_id, about)
         return 0
+    if has_reached(args.target_accuracy, rows, last_round):
+        say(f"{source / 'server.ptl'}: {describe_target(args.target_accuracy, last_round)} already")
+        complete(source, rows, run_id, about)
+        return 0
 
     # The parts, from the last to the first.
     curves, where = start_wandb(args.dataset, run_id, settings, rows)
     say(where)
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
+    if args.augment:
+        how = "shifted, and mirrored every other time" if info["channels"] == 3 else "shifted"
+        say(f"note: images to train on are {how}; --no-augment leaves them as they are")
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(
@@ -361,11 +448,15 @@ def main():
     )
     known = inspect.signature(client_fit_fn).parameters
     hyper_parameters = {name: value for name, value in settings.items() if name in known and value is not None}
+    told = {"fedbn": about["fedbn"]} if args.fedbn else {}
     strategy = STRATEGIES[args.strategy](
         model,
         record=record,
         on_drop=progress.show_drop,
-        on_fit_config_fn=lambda current: {"round": current, "num_rounds": args.num_rounds, **hyper_parameters},
+        num_fit=num_fit,
+        seed=args.seed,
+        on_fit_config_fn=lambda current: {"round": current, "num_rounds": args.num_rounds, **hyper_parameters, **told},
+        on_evaluate_config_fn=lambda current: told,
         min_fit_clients=1,
         min_evaluate_clients=1,
         min_available_clients=1,
@@ -385,11 +476,11 @@ def main():
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
     registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
-    server = Server(registry, strategy, args.min_clients, last_round + 1, args.round_timeout == "auto")
+    auto_timeout = args.round_timeout == "auto"
+    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, args.target_accuracy)
 
     on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
-    auto_timeout = args.round_timeout == "auto"
     config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto_timeout else args.round_timeout)
     code = run_rounds(server, server_address=address, config=config, certificates=certificates)
     code = end_rounds(server, code)

@@ -6,9 +6,12 @@ finished round to the record (record.py). server.py runs them with its own loop;
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
 import io
 import math
+import secrets
 import time
 
 from libs import np, printable
@@ -185,6 +188,8 @@ class Checked:
     save_ckp_path: where the newest global model goes; the rest of the record goes beside it (record.Record).
     on_drop: called with (round, cid, reason) for each result that is dropped.
     record: a record.Record to take; without one it makes its own from RECORD_OPTIONS.
+    num_fit: how many of the clients train in a round, drawn anew each time; None: all. The others still evaluate.
+    seed: makes the draw the same for the same round, whoever else is there and from whichever round on.
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
     last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
@@ -193,7 +198,9 @@ class Checked:
 
     least = 1  # results that the strategy needs
 
-    def __init__(self, initial_model, save_ckp_path=None, *args, on_drop=None, record=None, **kwargs):
+    def __init__(
+        self, initial_model, save_ckp_path=None, *args, on_drop=None, record=None, num_fit=None, seed=None, **kwargs
+    ):
         options = {name: kwargs.pop(name) for name in RECORD_OPTIONS if name in kwargs}
         arrays = get_arrays(initial_model)
         initial = ndarrays_to_parameters(arrays)
@@ -203,6 +210,8 @@ class Checked:
         kwargs.setdefault("evaluate_metrics_aggregation_fn", metrics_aggregation_fn)
         super().__init__(*args, **kwargs)
         self.model, self.on_drop = initial_model, on_drop
+        self.num_fit, self.seed = num_fit, secrets.token_hex(8) if seed is None else seed
+        self.tries = collections.Counter()  # of each round: one in which nobody trained is run again, with others
         self.record = record or Record(initial_model, save_ckp_path, **options)
         self.save_ckp_path = self.record.path
         headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
@@ -227,7 +236,14 @@ class Checked:
 
     def configure_fit(self, server_round, parameters, client_manager):
         self.started = time.monotonic()
-        return super().configure_fit(server_round, parameters, client_manager)
+        instructions = super().configure_fit(server_round, parameters, client_manager)
+        self.tries[server_round] += 1
+
+        def lot(instruction):
+            text = f"{self.seed} {server_round} {self.tries[server_round]} {instruction[0].cid}"
+            return hashlib.blake2b(text.encode()).digest()
+
+        return sorted(sorted(instructions, key=lot)[: self.num_fit], key=by_cid)
 
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate what passes the checks: (Parameters, metrics), or (None, {}) where too little does."""

@@ -1,9 +1,10 @@
-"""engines.Adam, step by step beside torch.optim.Adam."""
+"""The step on a device beside plain torch: Adam, FedProx; and how the images to train on are changed."""
 
+import numpy as np
 import pytest
 import torch
 
-from engines import Adam
+from engines import Adam, client_fit_fn, shift_and_mirror
 
 SHAPES = [(6, 3, 5, 5), (16,), (84, 120), (), (10,), (7,)]
 LATE, NEVER, SOMETIMES = 3, 4, 5  # which of them gets its first gradient at step 5, which none, which now and then one
@@ -47,3 +48,119 @@ def test_training_is_that_of_torch(lr, betas, eps):
             optimizer.step()
         for name, parameter in nets[0].named_parameters():
             torch.testing.assert_close(parameter, nets[1].get_parameter(name), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FedProx, beside plain torch with the term in the loss.
+
+
+class Net(torch.nn.Module):
+    """Has a parameter that is not trained, and one that takes part in every other loss alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.classifier = torch.nn.Linear(12, 8), torch.nn.Linear(8, 3)
+        self.fixed = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+        self.sometimes = torch.nn.Parameter(torch.ones(8))
+        self.passes = 0
+
+    def forward(self, images):
+        self.passes += 1
+        hidden = self.hidden(images.flatten(1)).tanh() * self.fixed
+        return self.classifier(hidden * self.sometimes if self.passes % 2 else hidden)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.1, 3.0])
+def test_fedprox_is_plain_torch_with_the_term_in_the_loss(mu):
+    torch.manual_seed(0)
+    net, reference = Net().double(), Net().double()
+    reference.load_state_dict(net.state_dict())
+    batches = [(torch.rand(8, 3, 2, 2).double(), torch.randint(3, (8,))) for _ in range(10)]
+    metrics = client_fit_fn({"fit": batches, "eval": batches}, net, num_epochs=3, lr=0.01, proximal_mu=mu)
+
+    trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    for _ in range(3):
+        entropies = []
+        for images, labels in batches:
+            entropy = torch.nn.functional.cross_entropy(reference(images), labels)
+            term = sum((now - then).pow(2).sum() for now, then in zip(trained, start))
+            optimizer.zero_grad()
+            (entropy + mu / 2 * term if mu else entropy).backward()
+            optimizer.step()
+            entropies.append(entropy.item())
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=1e-6, msg=name)
+    assert metrics["fit_loss"] == pytest.approx(sum(entropies) / 10, abs=1e-6)  # without the term
+
+
+def test_the_greater_mu_the_nearer_to_the_global_model():
+    torch.manual_seed(0)
+    batches = [(torch.rand(8, 3, 2, 2), torch.randint(3, (8,))) for _ in range(20)]
+    start, ways = Net(), []
+    for mu in (0.0, 0.1, 1.0, 10.0):
+        net = Net()
+        net.load_state_dict(start.state_dict())
+        client_fit_fn({"fit": batches, "eval": batches}, net, num_epochs=5, lr=0.01, proximal_mu=mu)
+        ways.append(sum((a - b).norm() for a, b in zip(net.parameters(), start.parameters())).item())
+    assert ways == sorted(ways, reverse=True) and ways[-1] < ways[0] / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shifted and mirrored images.
+
+
+@pytest.mark.parametrize("channels, height, width", [(3, 32, 32), (1, 28, 28), (3, 20, 37), (1, 5, 3), (3, 1, 1)])
+def test_images_are_random_crops_with_a_border_of_four_and_coloured_ones_mirrored(channels, height, width):
+    images = torch.rand(400, channels, height, width) + 0.1
+    bordered = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    crops = {
+        (top, left, mirrored): bordered[:, :, top : top + height, left : left + width][..., :: -1 if mirrored else 1]
+        for top in range(9)
+        for left in range(9)
+        for mirrored in (False, True)
+    }
+    torch.manual_seed(5)
+    changed = shift_and_mirror(images)
+    assert changed.shape == images.shape and changed.dtype == images.dtype and changed.is_contiguous()
+    seen = [
+        [how for how, crop in crops.items() if np.array_equal(crop[index], image)]
+        for index, image in enumerate(changed.numpy())
+    ]
+    assert all(seen)  # each is one of them
+    if min(height, width) > 4:
+        (hows,) = zip(*seen)
+        for axis in (0, 1):
+            counts = np.bincount([how[axis] for how in hows], minlength=9)
+            assert counts.min() > 15 and counts.max() < 80  # of 400 in 9: 44 each
+        assert (150 < sum(how[2] for how in hows) < 250) if channels == 3 else not any(how[2] for how in hows)
+    torch.manual_seed(5)
+    assert shift_and_mirror(images).equal(changed)
+    assert not shift_and_mirror(images).equal(changed)
+
+
+class Watched(torch.nn.Linear):
+    """Keeps what it sees, in training and in evaluation."""
+
+    def __init__(self):
+        super().__init__(3 * 6 * 6, 2)
+        self.seen = {True: [], False: []}
+
+    def forward(self, images):
+        self.seen[self.training].append(images)
+        return super().forward(images.flatten(1))
+
+
+def test_only_the_images_to_train_on_are_changed_and_alike_with_one_seed():
+    batches = [(torch.rand(16, 3, 6, 6) + 0.1, torch.randint(2, (16,))) for _ in range(4)]
+    loaders, nets, start = {"fit": batches, "eval": batches}, [], Watched().state_dict()
+    for seed, augment in ((1, True), (1, True), (2, True), (1, False)):
+        nets.append(Watched())
+        nets[-1].load_state_dict(start)
+        client_fit_fn(loaders, nets[-1], num_epochs=2, seed=seed, augment=augment)
+        assert all(image.equal(batch[0]) for image, batch in zip(nets[-1].seen[False], batches, strict=True))
+    one, again, other, plain = (torch.cat(net.seen[True]) for net in nets)
+    assert one.equal(again) and nets[0].weight.equal(nets[1].weight)
+    assert not one.equal(other) and not one[: 4 * 16].equal(one[4 * 16 :])  # nor alike in each epoch
+    assert plain.equal(torch.cat([images for images, _ in batches * 2]))

@@ -13,7 +13,7 @@ def test_net_of_the_readme_trains_where_a_batch_of_one_would_be_left_over(suite,
     nets = (suite.root / "nets.py").read_text()
     before, line, after = re.split(r"(?m)^(NETS = .*)$", nets)
     (suite.root / "nets.py").write_text(
-        before + SNIPPET + "\n\n" + line.replace("(LeNet5,)", "(LeNet5, Small)") + after
+        before + SNIPPET + "\n\n" + line.replace("LeNet5,", "LeNet5, Small,") + after
     )
     source = write_images(tmp_path / "odd.zip", 82, 10)  # 41 a client, 33 of them to fit
     suite.partition("--dataset", "Tiny", "--source", source, "--num_clients", 2)
@@ -27,7 +27,7 @@ def test_net_of_the_readme_trains_where_a_batch_of_one_would_be_left_over(suite,
 
 def test_net_that_is_not_there_is_named_before_anything_is_touched(tiny):
     server = tiny.server("--dataset", "Tiny", "--net", "ResNet50")
-    assert server.wait() == 2 and server.err == "server.py: nets.py has no net ResNet50; it has LeNet5\n"
+    assert server.wait() == 2 and server.err == "server.py: nets.py has no net ResNet50; it has LeNet5, GroupNet\n"
     assert not tiny.ckps("Tiny").exists()
 
 
