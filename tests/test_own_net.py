@@ -12,9 +12,7 @@ SNIPPET = re.search(r"```python\n(class Small.*?)```", (ROOT / "README.md").read
 def test_net_of_the_readme_trains_where_a_batch_of_one_would_be_left_over(suite, tmp_path):
     nets = (suite.root / "nets.py").read_text()
     before, line, after = re.split(r"(?m)^(NETS = .*)$", nets)
-    (suite.root / "nets.py").write_text(
-        before + SNIPPET + "\n\n" + line.replace("LeNet5,", "LeNet5, Small,") + after
-    )
+    (suite.root / "nets.py").write_text(before + SNIPPET + "\n\n" + line.replace("LeNet5,", "LeNet5, Small,") + after)
     source = write_images(tmp_path / "odd.zip", 82, 10)  # 41 a client, 33 of them to fit
     suite.partition("--dataset", "Tiny", "--source", source, "--num_clients", 2)
     server = suite.server("--dataset", "Tiny", "--net", "Small", "--num_rounds", 3)
