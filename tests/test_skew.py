@@ -16,7 +16,7 @@ from helpers import history, lines, new_suite, start_patched, wait_until
 import client
 import server
 from data import BatchLoader
-from nets import GroupNet, LeNet5, fingerprint, get_arrays, load_checkpoint, predict, same_trial, trial
+from nets import GroupNet, LeNet5, fingerprint, get_arrays, load_checkpoint, normalise_input, predict, same_trial, trial
 from strategies import STRATEGIES, FedAvg
 
 NORM = re.compile(r"layer[12]\.1\.")  # what belongs to batch norm in LeNet5's state dict
@@ -60,6 +60,22 @@ def test_group_net_is_told_from_its_like_by_the_handshake(channels):
     one = trial(GroupNet(channels, 10))
     assert same_trial(one, trial(GroupNet(channels, 10)))
     assert not same_trial(one, trial(other()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_input_is_normalised_by_what_the_data_set_says(channels):
+    images, mean, std = torch.rand(7, channels, 32, 32), [0.5, 0.25, 0.0][:channels], [0.25, 0.5, 0.0][:channels]
+    net = GroupNet(channels, 10)
+    usual = net(images)
+    normalise_input(net, None, None)  # an old data set
+    assert net(images).equal(usual)
+    normalise_input(net, mean, std)
+    found = dict(net.named_buffers())
+    assert found["input_mean"].shape == found["input_std"].shape == (1, channels, 1, 1)
+    assert found["input_mean"].dtype == found["input_std"].dtype == torch.float32
+    assert found["input_mean"].flatten().tolist() == mean
+    assert net(images).isfinite().all()  # also where all images are of one colour
+    normalise_input(LeNet5(channels, 10), mean, std)  # which has no such buffers
 
 
 @pytest.fixture(scope="module")
