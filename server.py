@@ -405,6 +405,8 @@ def main():
     test, info = load_test(DATASETS / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
     num_fit, model = count_fits(args), new_model(args, info)
+    if args.target_accuracy is not None and args.num_rounds < LASTING:
+        raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
     folder = CKPS / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -434,7 +436,7 @@ def main():
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     if args.augment:
-        how = "shifted, and mirrored every other time" if info["channels"] == 3 else "shifted"
+        how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)

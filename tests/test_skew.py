@@ -517,6 +517,10 @@ def test_value_out_of_range_is_refused(monkeypatch, flag, values):
             ["--strategy", "Krum", "--num_clients", 10, "--fraction_fit", 0.29],
             "--strategy Krum needs rounds of 3 clients or more; --fraction_fit 0.29 of 10 clients is 2",
         ),
+        (
+            ["--target_accuracy", 0.5, "--num_rounds", 2],
+            "--target_accuracy needs 3 rounds or more, and --num_rounds is 2",
+        ),
     ],
 )
 def test_option_that_cannot_work_is_refused_before_anything_is_touched(tiny, args, reason):
