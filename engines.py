@@ -59,8 +59,8 @@ class Augmented:
 def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
     """Each of the `images` (B×C×H×W) shifted by up to SHIFT pixels either way, with black at the edge that comes in.
 
-    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right, every
-    other one; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
+    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right half of the
+    time; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
     """
     size, channels, height, width = images.shape
     device = images.device

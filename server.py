@@ -174,13 +174,13 @@ def new_model(args, info):
     return model
 
 
-def has_reached(target, rows, current):
-    """Whether the test accuracy was `target` or more in the last LASTING rounds up to `current`.
+def has_reached(target, rows, current, first=1):
+    """Whether the test accuracy was `target` or more in the last LASTING rounds up to `current`, from `first` on.
 
     None as long as that depends on rounds that are not among the `rows` of the history; no `target` is never reached.
     """
     last = [row["test_accuracy"] for row in rows[-LASTING:] if row["round"] > current - LASTING]
-    if target is None or current < LASTING or not all(accuracy >= target for accuracy in last):
+    if target is None or current - first + 1 < LASTING or not all(accuracy >= target for accuracy in last):
         return False
     return True if len(last) == LASTING else None
 
@@ -210,10 +210,11 @@ class Server(flwr.server.Server):
     A round is counted only if somebody trained in it.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, target_accuracy=None):
+    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, target=(None, 1)):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
-        self.auto_timeout, self.target_accuracy = auto_timeout, target_accuracy
+        self.auto_timeout = auto_timeout
+        self.target_accuracy, self.first_that_counts = target
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
@@ -265,7 +266,7 @@ class Server(flwr.server.Server):
     def reached_target(self, current):
         """Whether the run ends with the round `current`; waits for the record only where that depends on its tests."""
         rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
-        while (reached := has_reached(self.target_accuracy, rows, current)) is None:
+        while (reached := has_reached(self.target_accuracy, rows, current, self.first_that_counts)) is None:
             self.check()
             time.sleep(0.02)
         return reached
@@ -404,6 +405,8 @@ def main():
     test, info = load_test(DATASETS / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
     num_fit, model = count_fits(args), new_model(args, info)
+    if args.target_accuracy is not None and args.num_rounds < LASTING:
+        raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
     folder = CKPS / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -421,7 +424,8 @@ def main():
         say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
         complete(source, rows, run_id, about)
         return 0
-    if has_reached(args.target_accuracy, rows, last_round):
+    first_that_counts = last_round + 1 if args.allow_new_data else 1  # of those tested on the test set that is there
+    if has_reached(args.target_accuracy, rows, last_round, first_that_counts):
         say(f"{source / 'server.ptl'}: {describe_target(args.target_accuracy, last_round)} already")
         complete(source, rows, run_id, about)
         return 0
@@ -432,7 +436,7 @@ def main():
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     if args.augment:
-        how = "shifted, and mirrored every other time" if info["channels"] == 3 else "shifted"
+        how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
@@ -477,7 +481,8 @@ def main():
 
     registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
     auto_timeout = args.round_timeout == "auto"
-    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, args.target_accuracy)
+    target = args.target_accuracy, first_that_counts
+    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, target)
 
     on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")

@@ -313,7 +313,8 @@ class Checked:
         row["failures"], self.failures = self.failures, 0
         if self.started is not None:
             row["round_seconds"] = time.monotonic() - self.started
-        self.record.add(row, self.arrays, self.clients)
+        clients = sorted(self.clients.items(), key=lambda item: (len(item[0]), item[0]))  # by cid
+        self.record.add(row, self.arrays, dict(clients))
 
 
 class Mean(strategy.FedAvg):
