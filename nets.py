@@ -39,10 +39,11 @@ class LeNet5(nn.Module):
 
 
 class GroupNet(nn.Module):
-    """Three convolutions with group norm (Wu & He 2018, arXiv 1803.08494) and ReLU, for images of 32×32.
+    """Two convolutions, two residual ones (He et al. 2015, arXiv 1512.03385), group norm, for images of 32×32.
 
-    Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. Nothing in it depends on the
-    other images of a batch, or is a running mean of a device's own: it suits skewed data, and every strategy.
+    Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. With group norm (Wu & He 2018,
+    arXiv 1803.08494) nothing in it depends on the other images of a batch, or is a running mean of a device's own: it
+    suits skewed data, and every strategy.
     """
 
     image_size = (32, 32)
@@ -53,15 +54,18 @@ class GroupNet(nn.Module):
         self.in_channels, self.num_classes = in_channels, num_classes
         self.register_buffer("input_mean", torch.full((1, in_channels, 1, 1), 0.5))
         self.register_buffer("input_std", torch.full((1, in_channels, 1, 1), 0.25))
-        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 32, 5, 2, 2), nn.GroupNorm(8, 32), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(32, 48, 3, 2, 1), nn.GroupNorm(8, 48), nn.ReLU())
-        self.layer3 = nn.Sequential(nn.Conv2d(48, 64, 3, 1, 1), nn.GroupNorm(8, 64), nn.ReLU())
-        self.layer4 = nn.Sequential(nn.Linear(4096, 32), nn.ReLU())
-        self.classifier = nn.Linear(32, num_classes)
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 32, 5, 2, 2, bias=False), nn.GroupNorm(8, 32), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.GroupNorm(8, 64), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.GroupNorm(8, 64))
+        self.layer4 = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.GroupNorm(8, 64))
+        self.pool = nn.AvgPool2d(2)
+        self.classifier = nn.Linear(1024, num_classes)
 
     def forward(self, images):
-        images = (images - self.input_mean) / self.input_std
-        return self.classifier(self.layer4(self.layer3(self.layer2(self.layer1(images))).flatten(1)))
+        images = self.layer2(self.layer1((images - self.input_mean) / self.input_std))
+        images = torch.relu(images + self.layer3(images))
+        images = torch.relu(images + self.layer4(images))
+        return self.classifier(self.pool(images).flatten(1))
 
 
 NETS = {net.__name__: net for net in (LeNet5, GroupNet)}  # yours goes here

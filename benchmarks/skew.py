@@ -90,13 +90,15 @@ def train(root, name, alpha, seed):
     test, info = load_test(folder)
     torch.manual_seed(seed)
     model = nets.build_net(net, info["channels"], len(info["classes"]))
-    pass
+    nets.normalise_input(model, info.get("mean"), info.get("std"))
     strategy = STRATEGIES[strategy_name](model, record=Rows(), on_drop=fail)
     clients = []
     for cid in range(NUM_CLIENTS):
         loaders, info = load_shard(folder, cid, "cpu")
         local = nets.build_net(net, info["channels"], len(info["classes"]))
-        clients.append(Client(local, loaders, properties={"cid": cid}, about=describe_in_checkpoint(info)))
+        kept = root / f"{name}-{alpha}-{seed}-{cid}.ptl" if "fedbn" in options else None
+        about = describe_in_checkpoint(info)
+        clients.append(Client(local, loaders, save_ckp_path=kept, properties={"cid": cid}, about=about))
     parameters, tests, ok = ndarrays_to_parameters(nets.get_arrays(model)), [], Status(Code.OK, "")
     if getattr(nets.NETS[net], "augment", False):
         options["augment"] = True
@@ -168,7 +170,7 @@ def main():
                     results["runs"].append(task.get())
                     print(*results["runs"][-1], flush=True)
     write_json(path, results)
-    report.main()
+    pass
 
 
 if __name__ == "__main__":

@@ -216,10 +216,10 @@ def timed_client(*args):
 
 def save_arrays(archive, folder):
     """Seconds to read the archive, and then to np.save all of its images, one a file."""
-    from partition import read_archive
+    from partition import read_cifar
 
     began = time.perf_counter()
-    _, _, splits = read_archive(Path(archive))
+    splits = read_cifar(Path(archive), None)[2]
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():
