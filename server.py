@@ -168,7 +168,7 @@ def new_model(args, info):
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
-    normalise_input(model, info.get("mean"), info.get("std"))
+    normalise_input(model, info["mean"], info["std"])
     if args.fedbn and not batch_norm_names(model):
         raise UserError(f"--fedbn has nothing to keep on the devices: {args.net} has no batch norm")
     return model

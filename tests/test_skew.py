@@ -1,7 +1,9 @@
 """What helps where the data is skewed: GroupNet, batch norm that stays on the device, who trains, when a run ends."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 
@@ -11,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import history, lines, new_suite, start_patched, wait_until
+from helpers import Suite, history, lines, start_patched, wait_until
 
 import client
 import server
@@ -78,10 +80,21 @@ def test_input_is_normalised_by_what_the_data_set_says(channels):
     normalise_input(LeNet5(channels, 10), mean, std)  # which has no such buffers
 
 
+def pixels(suite):
+    """The values of all training images, in 0..1."""
+    return np.stack([np.load(path) for path in (suite.root / "datasets" / "Tiny" / "train").iterdir()]) / 255
+
+
 @pytest.fixture(scope="module")
 def skewed(tmp_path_factory, three_shards):
     """A suite in which two of three clients at a time have trained GroupNet, with FedProx, a median and a resume."""
-    suite = new_suite(tmp_path_factory.mktemp("skewed"), three_shards)
+    suite = Suite(tmp_path_factory.mktemp("skewed"))
+    shutil.copytree(three_shards, suite.root / "datasets")
+    path = suite.root / "datasets" / "Tiny" / "dataset.json"
+    info, values = json.loads(path.read_text()), pixels(suite)
+    info.setdefault("mean", values.mean((0, 1, 2)).tolist())
+    info.setdefault("std", values.std((0, 1, 2)).tolist())
+    path.write_text(json.dumps(info))
     args = ("--dataset", "Tiny", "--net", "GroupNet", "--fraction_fit", 0.67, "--seed", 7)
     args += ("--strategy", "FedMedian", "--proximal_mu", 0.1)
     suite.laptops = []
@@ -102,9 +115,9 @@ def test_group_net_trains_is_resumed_and_its_checkpoint_alone_is_as_right_as_the
     assert checkpoint["args"]["augment"] is False and checkpoint["args"]["proximal_mu"] == 0.1
 
     folder = skewed.root / "datasets" / "Tiny"
-    images = np.stack([np.load(path) for path in (folder / "train").iterdir()]) / 255
-    for name, values in (("input_mean", images.mean((0, 1, 2))), ("input_std", images.std((0, 1, 2)))):
-        assert checkpoint["model"][name].flatten().tolist() == pytest.approx(values, abs=1e-4)
+    values = pixels(skewed)
+    for name, expected in (("input_mean", values.mean((0, 1, 2))), ("input_std", values.std((0, 1, 2)))):
+        assert checkpoint["model"][name].flatten().tolist() == pytest.approx(expected, abs=1e-4)
     table = pd.read_csv(folder / "test.csv")
     said = [predict(model, checkpoint, np.load(folder / "test" / f"{name}.npy"))[0] for name in table["id"]]
     right = np.mean([word == checkpoint["classes"][label] for word, label in zip(said, table["label"], strict=True)])
