@@ -227,6 +227,11 @@ def wandb_history(folder):
     return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
+def as_logged(rows):
+    """A table like history.csv under the names that wandb has: `clients` is num_clients there."""
+    return rows.rename(columns={"clients": "num_clients"})
+
+
 def wandb_steps(folder):
     return [item["_step"] for item in wandb_history(folder)]
 

@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from helpers import Suite, free_port, history, start_patched
+from helpers import Suite, as_logged, free_port, history, start_patched
 from helpers import wandb_history as inspect
 from test_record import KILL, ROUND_3
 
@@ -243,8 +243,8 @@ def assert_same_curves(steps, rows):
 
     What a round cut short could not measure is blank in the one and missing in the other.
     """
-    steps = pd.DataFrame(steps)
-    assert list(steps["_step"]) == list(rows["round"])
+    steps, rows = pd.DataFrame(steps), as_logged(rows)
+    assert list(steps["_step"]) == list(steps["round"]) == list(rows["round"])
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
     for name in ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy", "global_eval_loss", "global_eval_accuracy"):
@@ -341,7 +341,7 @@ def test_with_a_key_a_killed_run_is_complete_after_its_resume(laptops, stubs, po
     resumed = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 6, "--resume")
     assert resumed.wait(120) == 0, resumed
     ((_, run),) = suite.stub.runs.items()
-    steps, rows = pd.DataFrame([line for _, line in sorted(run["history"].items())]), history(suite)
+    steps, rows = pd.DataFrame([line for _, line in sorted(run["history"].items())]), as_logged(history(suite))
     assert run["complete"] and list(steps["_step"]) == list(rows["round"]) == [1, 2, 3, 4, 5, 6]
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
