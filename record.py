@@ -395,12 +395,13 @@ class Record:
     def _end(self):
         if self.history.rows and (self.begun or self.goes_on):
             self._draw()
-            if self.test_loaders is not None and (self.folder / "best.ptl").exists():
-                self._draw_confusion()
+            path = self.folder / "best.ptl" if self.begun and self.best >= 0 else self.best_path
+            if self.test_loaders is not None and path is not None:
+                self._draw_confusion(path)
 
-    def _draw_confusion(self):
+    def _draw_confusion(self, best_path):
         """Show the best model all test images once more, and draw which class it takes for which."""
-        self.best_model = torch.load(self.folder / "best.ptl", map_location="cpu", weights_only=True)
+        self.best_model = torch.load(best_path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count_answers(self.test_loaders["test"], self.model)
         title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
@@ -923,8 +924,11 @@ def complete(record, run_id):
 
     Puts best.ptl right, draws the pictures, and sends the last rows to wandb.
     """
-    keep_best(record.folder / "best.ptl", record.best_path)
-    record.close()
+    try:
+        keep_best(record.folder / "best.ptl", record.best_path)
+        record.close()
+    except OSError as error:  # a copy on a medium that takes no more
+        say(f"cannot write to {record.folder}: {error.strerror}")
     about, rows = record.about, record.history.rows
     curves, where = start_wandb(about["dataset"], run_id, about["args"], rows, needed=False)
     if curves is not None:
@@ -938,17 +942,22 @@ class Progress:
 
     def __init__(self, num_rounds, last_round):
         self.num_rounds, self.seconds = num_rounds, collections.deque(maxlen=9)  # the seconds of the last rounds
-        self.bar = tqdm(total=num_rounds, initial=last_round, dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self.bar.bar_format = "round {n_fmt}/{total_fmt} {bar}"
+        columns, rows = (
+            shutil.get_terminal_size()
+        )  # 80 and 24 on a terminal that does not know, where tqdm draws nothing
+        options = {"ncols": columns - 1, "nrows": rows, "bar_format": "round {n_fmt}/{total_fmt} {bar}"}
+        self.bar = tqdm(total=num_rounds, initial=last_round, disable=not sys.stderr.isatty(), **options)
 
     def show_row(self, row):
         if not self.bar.disable:
             self.seconds.append(row["round_seconds"])
             usual = statistics.median(self.seconds)
-            figures = "  ".join(f"{name} {row[f'{name}_accuracy']:.3f}" for name in ("fit", "eval", "test"))
+            figures = " ".join(f"{name} {row[f'{name}_accuracy']:.3f}" for name in ("fit", "eval", "test"))
             to_go = tqdm.format_interval(usual * (self.num_rounds - row["round"]))
-            pace = f"{usual:.1f} s a round, {to_go} to go"
-            self.bar.bar_format = f"round {{n_fmt}}/{{total_fmt}} {{bar}} {figures}, {pace}"
+            self.bar.ncols = shutil.get_terminal_size().columns - 1
+            self.bar.bar_format = (
+                f"round {{n_fmt}}/{{total_fmt}} {{bar}} {figures}, {usual:.1f} s a round, {to_go} to go"
+            )
             self.bar.update()
             return
         names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")

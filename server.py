@@ -144,19 +144,47 @@ def describe_failure(current, reasons):
     return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
 
 
+class Absences:
+    """Tells of the clients `cids` that are missing: for three rounds, or while a round waits for as long as three take.
+
+    `tell` is called as record.Curves.watch is.
+    """
+
+    def __init__(self, cids, tell=lambda current, missing, clients: None):
+        self.cids, self.tell = set(cids), tell
+        self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
+        self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took
+        self.marked = None
+
+    def mark(self):
+        """Note the time: a round begins to wait for clients, or to train."""
+        self.marked = time.monotonic()
+
+    def wait(self, current, there):
+        """A round waits; `there` are the cids that are connected. (Before the first round, people are about.)"""
+        patience = max(LEAST_PATIENCE, 3 * statistics.median(self.seconds)) if self.seconds else math.inf
+        if time.monotonic() - self.marked > patience:
+            self.tell(current, {cid: f"{patience:.0f} s" for cid in self.cids if cid not in there}, {})
+
+    def finish(self, current, spared, clients):
+        """A round is finished, with the figures of `clients`, by cid; the cids `spared` had not been asked to train."""
+        self.seconds.append(time.monotonic() - self.marked)
+        absent = self.cids - set(spared) - set(clients)
+        self.rounds = collections.Counter({cid: self.rounds[cid] + 1 for cid in absent})
+        self.tell(current, {cid: f"{count} rounds" for cid, count in self.rounds.items() if count >= 3}, clients)
+
+
 class Server(flwr.server.Server):
     """Flower's server with a loop that waits for the right clients, can be stopped, and goes on from any round.
 
     A round is counted only if somebody trained in it.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, on_round=None):
+    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, absences=None):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
         self.auto_timeout = auto_timeout
-        self.on_round = on_round  # called as record.Curves.watch is
-        self.absences = collections.Counter()  # finished rounds in a row without the client, by cid
-        self.round_seconds = []  # of the finished rounds
+        self.absences = absences or Absences(())
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
@@ -175,6 +203,11 @@ class Server(flwr.server.Server):
             raise Stopped
         self.strategy.check()
 
+    def check_waiting(self, current):
+        """`check` while the round `current` waits for clients."""
+        self.check()
+        self.absences.wait(current, self.registry.clients)
+
     def fit(self, num_rounds, timeout):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
         mute_handlers()  # Flower's start_server has just put its own there
@@ -182,9 +215,11 @@ class Server(flwr.server.Server):
         failed = []  # for which lasting reasons the current round failed, a set a try
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
-            self.wait_for_round(current)
+            self.absences.mark()
+            self.registry.wait_for_round(self.min_clients, lambda current=current: self.check_waiting(current))
+            self.absences.mark()
             instructions = self.strategy.configure_fit(current, self.parameters, self.registry)
-            began, spared = time.monotonic(), set(self.registry.clients) - {client.cid for client, _ in instructions}
+            spared = set(self.registry.clients) - {client.cid for client, _ in instructions}
             results, failures = self.ask("fit", instructions, timeout, current)
             parameters, _ = self.strategy.aggregate_fit(current, results, failures)
             if parameters is None:
@@ -200,33 +235,9 @@ class Server(flwr.server.Server):
             instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
-            self.round_seconds.append(time.monotonic() - began)
-            self.note_absences(current, spared)
+            self.absences.finish(current, spared, self.strategy.clients)
             current += 1
         return flwr.server.History(), time.monotonic() - started
-
-    def wait_for_round(self, current):
-        """Wait for the clients of the round `current`; tell who is missing when that takes as long as three rounds."""
-        started = time.monotonic()
-        patience = max(LEAST_PATIENCE, 3 * statistics.median(self.round_seconds)) if self.round_seconds else math.inf
-
-        def check():
-            self.check()
-            if time.monotonic() - started > patience and self.on_round is not None:
-                cids = map(str, range(self.registry.num_clients))
-                self.on_round(
-                    current, {cid: f"{patience:.0f} s" for cid in cids if cid not in self.registry.clients}, {}
-                )
-
-        self.registry.wait_for_round(self.min_clients, check)
-
-    def note_absences(self, current, spared):
-        """Tell who has been missing for three rounds: neither with a result that counts nor among the `spared` cids."""
-        absent = {str(cid) for cid in range(self.registry.num_clients)} - spared - set(self.strategy.clients)
-        self.absences = collections.Counter({cid: self.absences[cid] + 1 for cid in absent})
-        if self.on_round is not None:
-            missing = {cid: f"{rounds} rounds" for cid, rounds in self.absences.items() if rounds >= 3}
-            self.on_round(current, missing, self.strategy.clients)
 
     def lasting_reasons(self, num_asked):
         """Why the last try failed on all that were asked, without the numbers in it; empty where that may pass.
@@ -377,9 +388,11 @@ def describe_client_command(args):
         words += ["--secret_file", str(args.secret_file)]
     if args.certificates is not None:
         words += ["--root_certificate", str(args.certificates / "ca.pem")]
-    which = f"with its number, 0 to {args.num_clients - 1}, for N"
-    which += f" (this machine is also {', '.join(others)})" if others else ""
-    return f"on each device, {which}: .venv/bin/python client.py {shlex.join(words)} --cid N"
+    where, cid = "on the device", "0"
+    if args.num_clients > 1:
+        where, cid = f"on each device, with its number, 0 to {args.num_clients - 1}, for N", "N"
+    where += f" (this machine is also {', '.join(others)})" if others else ""
+    return f"{where}: .venv/bin/python client.py {shlex.join(words)} --cid {cid}"
 
 
 def describe_task(args, info, facts, model):
@@ -453,9 +466,9 @@ def main():
 
     # The parts, from the last to the first.
     facts = describe_data(DATASETS / args.dataset)
-    say(describe_task(args, info, facts, model))
     config = {**settings, "data": facts, **describe_code()}
     curves, where = start_wandb(args.dataset, run_id, config, rows)
+    say(describe_task(args, info, facts, model))
     say(where)
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
@@ -499,7 +512,8 @@ def main():
 
     registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
     auto_timeout = args.round_timeout == "auto"
-    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, curves.watch)
+    absences = Absences(map(str, range(args.num_clients)), curves.watch)
+    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, absences)
 
     on_signal(server.stop)
     say(f"round {last_round + 1} to {args.num_rounds} with {args.num_clients} clients, on {address}")
