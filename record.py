@@ -844,11 +844,11 @@ class Curves:
         with contextlib.suppress(Exception):  # as in log
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 
-    def show_split(self, split, classes, step):
-        """Send the split as a table, beside the first step of the run: `split` has a list for each cid (data.py)."""
+    def show_split(self, split, classes):
+        """Send the `split` (data.describe_dataset), where it is known, as a table beside the run's first round."""
         if split is not None and not self.held:
             table = {"columns": ["cid", *classes], "data": [[cid, *counts] for cid, counts in enumerate(split)]}
-            self._in_time(lambda wandb: self.run.log({"split": wandb.Table(**table)}, step=step))
+            self._in_time(lambda wandb: self.run.log({"split": wandb.Table(**table)}, step=1))
 
     def watch(self, current, missing, clients):
         """Send alerts for the devices that a person has to look after, in or before the round `current`.

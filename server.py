@@ -472,7 +472,7 @@ def main():
     say(where)
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
-    curves.show_split(info.get("split"), info["classes"], step=1)
+    curves.show_split(info.get("split"), info["classes"])
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(

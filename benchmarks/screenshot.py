@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import BUILD_ARCHIVE, HERE, Suite, leave_on_signals
 
-COLUMNS, NUM_CLIENTS, NUM_ROUNDS = 112, 10, 8
+COLUMNS, NUM_CLIENTS, NUM_ROUNDS = 112, 10, 4
 
 
 def read_all(terminal):
@@ -35,17 +35,14 @@ def read_all(terminal):
 
 def as_seen(written, columns):
     """The lines that a terminal shows in the end: \\r goes back to the start of the line, long lines are broken."""
-    shown = [""]
-    for part in written.replace("\r\n", "\n").splitlines(keepends=True):
+    shown = []
+    for written_line in written.replace("\r\n", "\n").rstrip("\n").split("\n"):
         line = ""
-        for text in part.rstrip("\n").split("\r"):
+        for text in written_line.split("\r"):
             line = text + line[len(text) :]
         line = line.rstrip()
-        shown[-1] += line
-        if part.endswith("\n"):
-            shown.append("")
-    lines = [line[start : start + columns] for line in shown for start in range(0, max(len(line), 1), columns)]
-    return lines if lines[-1] else lines[:-1]
+        shown += [line[start : start + columns] for start in range(0, max(len(line), 1), columns)]
+    return shown
 
 
 def draw(lines, path):
@@ -53,7 +50,7 @@ def draw(lines, path):
     from matplotlib.figure import Figure
 
     size = 9  # points; a letter of DejaVu Sans Mono is 0.602 as wide
-    width, height = (COLUMNS + 2) * 0.602 * size / 72, (len(lines) + 1) * 1.25 * size / 72
+    width, height = (COLUMNS + 4) * 0.602 * size / 72, (len(lines) + 1) * 1.25 * size / 72
     figure = Figure(figsize=(width, height), facecolor="#1e1e1e")
     for number, line in enumerate(lines):
         place = 1 - (number + 0.5) / (len(lines) + 1)
@@ -62,7 +59,7 @@ def draw(lines, path):
             "fontsize": size,
             "color": "#7ec699" if line.startswith("$") else "#e6e6e6",
         }
-        figure.text(1 / (COLUMNS + 2), place, line.replace("$", r"\$"), va="top", **look)
+        figure.text(2 / (COLUMNS + 4), place, line.replace("$", r"\$"), va="top", **look)
     figure.savefig(path, dpi=170, facecolor=figure.get_facecolor())
     print(f"written: {path}")
 
