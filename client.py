@@ -153,6 +153,7 @@ class Client(NumPyClient):
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
         self.answered = None  # when a fit or evaluate was answered last
+        self.waited = 0.0  # seconds, since the last line about a round
 
     def get_properties(self, config):
         """Answer what the server asks besides training: who this is ("nonce"), and to make ready ("net").
@@ -217,6 +218,7 @@ class Client(NumPyClient):
         """
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
+            self.waited += telemetry.get("wait_seconds", 0.0)
             self.set_parameters(parameters)
             runs, current = self.runs(config), config.get("round")
             if runs and not self.own.put_into(self.model, runs) and current != 1:
@@ -236,7 +238,8 @@ class Client(NumPyClient):
             if runs:
                 self.own.keep(self.model, runs[0])
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
+            title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}  waited {self.waited:.1f} s"
+            self.waited = 0.0
             telemetry["fit_seconds"] = time.monotonic() - started
             say(f"{title}  {figures}  {telemetry['fit_seconds']:.1f} s")
             telemetry.update(sensors())
@@ -255,6 +258,7 @@ class Client(NumPyClient):
         """
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
+            self.waited += telemetry.get("wait_seconds", 0.0)
             self.set_parameters(parameters)
             self.own.put_into(self.model, self.runs(config))
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 
-from libs import nn, say, torch, tqdm
+from libs import nn, np, say, torch, tqdm
 
 from nets import save_checkpoint
 
@@ -183,3 +183,13 @@ def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") ->
     """Measure `server_model` on test_loaders["test"]; returns {"test_loss", "test_accuracy"}, floats."""
     test_loss, test_accuracy = run_epoch(test_loaders["test"], server_model.to(device), device)
     return {"test_loss": test_loss, "test_accuracy": test_accuracy}
+
+
+def count_answers(loader, model: nn.Module, device="cpu") -> np.ndarray:
+    """How often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
+    model.to(device).eval()
+    with torch.no_grad():
+        pairs = [(labels, model(images.to(device)).cpu()) for images, labels in loader]
+    num_classes = pairs[0][1].shape[1]
+    truths, answers = torch.cat([labels.cpu() for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
+    return torch.bincount(truths * num_classes + answers, minlength=num_classes**2).reshape(num_classes, -1).numpy()

@@ -120,6 +120,11 @@ def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
         tensor.copy_(torch.as_tensor(array))
 
 
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers training changes in `model`."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
     lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]

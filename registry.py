@@ -236,6 +236,12 @@ def in_use(client, other):
     return TurnedAway(reason, client.cid)
 
 
+def describe(properties):
+    """What a client says it is, for people: ": its board, its images"."""
+    board = printable(properties.get("board", "unknown board"), 40)
+    return f": {board}, {properties['num_fit']} fit + {properties['num_eval']} eval images"
+
+
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
@@ -315,7 +321,8 @@ class Registry(SimpleClientManager):
                     break
             if other.is_alive():
                 raise in_use(client, other)
-        say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+        count = f"({len(self.clients)} of {self.num_clients} clients)"
+        say(f"cid {client.cid} {'is back' if before else 'joined'} {count}{describe(client.properties)}")
         if self.on_join is not None:
             self.on_join(client.cid, client.properties)
         return True

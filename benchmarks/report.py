@@ -1,4 +1,4 @@
-"""Write what was measured into README.md and benchmarks/README.md, between their markers, and draw results.png.
+"""Write what was measured into README.md and benchmarks/README.md, between their markers; draw both pictures.
 
     python benchmarks/report.py
 
@@ -8,6 +8,7 @@ figure in the two is typed by hand. bench.py and soak.py call it when they have 
 
 import json
 import re
+import sys
 
 import pandas as pd
 from common import HERE
@@ -72,6 +73,16 @@ def figure_in_short():
         f"{history['test_accuracy'].iloc[-1]:.3f} and was at its best in round {best}, with "
         f"{history['test_accuracy'][best]:.3f} ([how it was made](benchmarks/README.md#the-figure))."
     )
+
+
+def draw_figure(path):
+    """The curves of figure.csv, as server.py draws them."""
+    sys.path.append(str(ROOT))
+    from record import draw_metrics
+
+    history, _ = read_figure()
+    draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, "CIFAR10")
+    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +348,7 @@ def main():
     draw(HERE / "results.png", read("results.json"))
     draw_frontier(HERE / "frontier.png")
     draw_skew(HERE / "skew.png")
+    draw_figure(HERE / "figure.png")
 
 
 if __name__ == "__main__":
