@@ -148,7 +148,7 @@ def main():
                 name, curve = task.get()
                 results["curves"][name] = curve
     write_json(path, results)
-    pass
+    report.main()
 
 
 if __name__ == "__main__":

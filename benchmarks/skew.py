@@ -170,7 +170,7 @@ def main():
                     results["runs"].append(task.get())
                     print(*results["runs"][-1], flush=True)
     write_json(path, results)
-    pass
+    report.main()
 
 
 if __name__ == "__main__":
