@@ -42,8 +42,7 @@ class GroupNet(nn.Module):
     """Two convolutions, two residual ones (He et al. 2015, arXiv 1512.03385), group norm, for images of 32×32.
 
     Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. With group norm (Wu & He 2018,
-    arXiv 1803.08494) nothing in it depends on the other images of a batch, or is a running mean of a device's own: it
-    suits skewed data, and every strategy.
+    arXiv 1803.08494) nothing in it depends on the other images of a batch, or is a running mean of a device's own.
     """
 
     image_size = (32, 32)

@@ -246,12 +246,13 @@ def frontier():
     shown_rounds, rows = (10, 20, 50, 100), []
     for name, curve in curves.items():
         step = about["steps"][name.partition(" (")[0]]
-        cells = [f"{curve[current]:.3f}" for current in shown_rounds]
+        cells = [f"{curve[current]:.3f}" if current in curve else "–" for current in shown_rounds]
         rows.append([name, f"{step['parameters']:,}", f"{step['ratio']:.2f}", *cells])
     header = ["net", "parameters", "step over LeNet5's", *(f"round {current}" for current in shown_rounds)]
     return (
         "Test accuracy on all of CIFAR-10 with 10 clients, IID, in the settings of the figure; and processor time of a "
-        "step on 32 images, of which a round takes 1,250. All but LeNet5 are simulated in one process, with one seed:"
+        "step on 32 images, of which a round takes 1,250. All but LeNet5 are simulated in one process, with one seed "
+        "(–: not run so far):"
         f"\n\n{table(header, rows)}\n\n"
         "![Test accuracy over rounds](frontier.png)\n\n"
         f"({machine(about['about'])}.)"

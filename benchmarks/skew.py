@@ -52,7 +52,6 @@ METHODS = {  # what differs from FedAvg with LeNet5: the strategy, the net, what
     "FedBN": {"fedbn": "skew"},
     "FedMedian": {"strategy": "FedMedian"},
     "LeNet5 with group norm": {"net": "LeNet5GroupNorm"},
-    "GroupNet": {"net": "GroupNet"},
 }
 
 
@@ -100,8 +99,6 @@ def train(root, name, alpha, seed):
         about = describe_in_checkpoint(info)
         clients.append(Client(local, loaders, save_ckp_path=kept, properties={"cid": cid}, about=about))
     parameters, tests, ok = ndarrays_to_parameters(nets.get_arrays(model)), [], Status(Code.OK, "")
-    if getattr(nets.NETS[net], "augment", False):
-        options["augment"] = True
     for current in range(1, NUM_ROUNDS + 1):
         config = {"round": current, "num_rounds": NUM_ROUNDS, "seed": seed, **options}
         results = []
