@@ -54,7 +54,7 @@ FILES = {
 }
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
 SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that saving does not slow them down
-DRAW_EVERY = 30  # seconds, and twenty times as long as the last drawing took
+DRAW_EVERY = 30  # seconds, or twenty times as long as the last drawing took
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
 STALLED = 3600  # seconds without progress until the worker is given up, as on a network drive that hangs
