@@ -38,7 +38,7 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
             assert info["id"] is None or (isinstance(info["shards"], list) and isinstance(info["test"], str))
             for name in ("mean", "std"):
                 values = info[name]
-                assert values is None or len(values) == info["channels"] and all(0 <= value <= 1 for value in values)
+                assert values is None or len(values) in (1, 3) and all(0 <= value <= 1 for value in values)
         except (ValueError, TypeError, AssertionError):
             raise UserError(f"{path} is damaged: run partition.py again") from None
     images = {"image_size": info["image_size"], "fit": info["fit"] or "squash", "levels": info["levels"]}
