@@ -103,6 +103,13 @@ def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
         tensor.copy_(torch.as_tensor(array))
 
 
+def learned(model: nn.Module) -> list[bool]:
+    """Of each array of get_arrays whether it is a float32 parameter, and no buffer, such as the means of batch norm."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    state = model.state_dict(keep_vars=True).values()
+    return [id(tensor) in parameters and tensor.dtype == torch.float32 for tensor in state]
+
+
 def fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
     lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]

@@ -51,10 +51,11 @@ from flwr.server import ServerConfig, start_server
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
-from nets import build_net, find_net, fingerprint, trial
+from nets import build_net, find_net, fingerprint, learned, trial
 from record import Progress, Record, complete, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Registry
 from strategies import STRATEGIES, FedAvg
+from wire import COMPRESS, Sender
 
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
@@ -82,6 +83,12 @@ def parse_args():
         help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
         "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
         "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESS,
+        default=COMPRESS[0],
+        help="send parameters in half of the bytes (fp16) or a quarter (int8: as differences), for a slow network",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
@@ -326,6 +333,8 @@ def main():
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
+    if args.compress != "off" and not any(learned(model)):
+        raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
     folder = CKPS / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -384,7 +393,8 @@ def main():
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
-    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
+    sender = Sender(args.compress, learned(model))
+    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client, sender)
     server = Server(registry, strategy, args.min_clients, last_round + 1, args.round_timeout == "auto")
 
     on_signal(server.stop)
