@@ -15,7 +15,7 @@ TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of
 
 
 class PoolFunction(torch.autograd.Function):
-    """MaxPool's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
+    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
 
     @staticmethod
     def forward(ctx, images):
@@ -37,8 +37,8 @@ class PoolFunction(torch.autograd.Function):
         return images
 
 
-class MaxPool(nn.MaxPool2d):
-    """nn.MaxPool2d(2) for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d(2), for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
 
     def __init__(self):
         super().__init__(2)
@@ -52,8 +52,7 @@ class MaxPool(nn.MaxPool2d):
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) with batch norm, ReLU and max pooling, for images of 32×32.
 
-    Takes float32 N×in_channels×32×32 and returns logits, float32 N×num_classes. Pooling comes before ReLU, which has
-    the same outputs and gradients as the other way round for a quarter of ReLU's work.
+    Takes float32 N×in_channels×32×32 and returns logits, float32 N×num_classes.
     """
 
     image_size = (32, 32)
@@ -61,13 +60,15 @@ class LeNet5(nn.Module):
     def __init__(self, in_channels, num_classes):
         super().__init__()
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), MaxPool(), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), MaxPool(), nn.ReLU())
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), MaxPool2d())
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), MaxPool2d())
         self.layer3 = nn.Sequential(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
         self.classifier = nn.Linear(84, num_classes)
 
     def forward(self, images):
-        return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
+        for convolution, norm, relu, pool in (self.layer1, self.layer2):
+            images = relu(pool(norm(convolution(images))))  # what pool(relu(…)) gives, for a quarter of ReLU's work
+        return self.classifier(self.layer3(images.flatten(1)))
 
 
 NETS = {net.__name__: net for net in (LeNet5,)}  # yours goes here

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engines import Adam, client_fit_fn
-from nets import LeNet5, MaxPool
+from nets import LeNet5, MaxPool2d
 
 SHAPES = [(6, 3, 5, 5), (16,), (84, 120), (), (10,), (7,)]
 LATE, NEVER, SOMETIMES = 3, 4, 5  # which of them gets its first gradient at step 5, which none, which now and then one
@@ -155,11 +155,11 @@ def test_pooling_is_that_of_torch(shape, last):
         images = images.contiguous(memory_format=torch.channels_last)
     images[..., 0, :2] = torch.tensor([-torch.inf, torch.inf])
     mine, plain = images.clone().requires_grad_(), images.clone().requires_grad_()
-    pooled, expected = MaxPool()(mine), F.max_pool2d(plain, 2)
+    pooled, expected = MaxPool2d()(mine), F.max_pool2d(plain, 2)
     assert torch.equal(pooled, expected)
     weights = torch.randn(expected.shape)
     (pooled * weights).sum().backward()
     (expected * weights).sum().backward()
     assert torch.equal(mine.grad, plain.grad)
     images[..., 1, 0] = torch.nan
-    assert torch.equal(MaxPool()(images).isnan(), F.max_pool2d(images, 2).isnan())
+    assert torch.equal(MaxPool2d()(images).isnan(), F.max_pool2d(images, 2).isnan())
