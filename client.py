@@ -56,7 +56,8 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, set_arrays, trial
+from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, learned, set_arrays, trial
+from wire import WIRE, Holder
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -346,13 +347,18 @@ def watch_silence(client, port):
             hang_up(port)
 
 
-def answer(flower_client, message: ServerMessage) -> ClientMessage:
+def answer(flower_client, message: ServerMessage, holder: Holder) -> ClientMessage:
     """The client's answer to one message of the server, both as Flower puts them on the wire."""
     kind = message.WhichOneof("msg")  # "fit_ins", say
     if kind == "reconnect_ins":
         return ClientMessage(disconnect_res=ClientMessage.DisconnectRes(reason=Reason.ACK))
     name = kind[: -len("_ins")]
-    res = getattr(flower_client, name)(getattr(serde, f"{kind}_from_proto")(getattr(message, kind)))
+    ins = getattr(serde, f"{kind}_from_proto")(getattr(message, kind))
+    if name in ("fit", "evaluate"):
+        ins.parameters = holder.unpack(ins.parameters)
+    res = getattr(flower_client, name)(ins)
+    if name == "fit":
+        res.parameters = holder.pack(res.parameters)
     return ClientMessage(**{f"{name}_res": getattr(serde, f"{name}_res_to_proto")(res)})
 
 
@@ -363,6 +369,7 @@ def serve(client: Client, host: str, port: int, certificate: bytes | None) -> st
     leaves a thread behind for each connection that is lost (grpc 21995), and with flwr 1.11 takes the signals.)
     """
     address, flower_client, answers, over = join_address(host, port), client.to_client(), queue.SimpleQueue(), False
+    holder = Holder(lambda: learned(client.model))
     options = [
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
@@ -381,7 +388,7 @@ def serve(client: Client, host: str, port: int, certificate: bytes | None) -> st
                 for sock in tcp_sockets(port, far=True):  # so that a server that vanishes while we train is noticed
                     keep_alive(sock)
             client.heard, client.listening = True, None
-            answers.put(answer(flower_client, message))
+            answers.put(answer(flower_client, message, holder))
             over = message.HasField("reconnect_ins")
             client.listening = time.monotonic()
     except grpc.RpcError as error:
@@ -569,6 +576,7 @@ def main():
             "dataset": args.dataset,
             "device_id": device_id(folder / f"client_{args.cid}.id"),
             "process": secrets.token_hex(8),
+            "wire": WIRE,
             **machine,
         },
         about={"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)},

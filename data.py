@@ -171,7 +171,8 @@ class BatchLoader:
     """Batches of an ImageDataset, on its device: (float32 B×C×H×W in 0..1, int64 B), in a new order if `shuffle`.
 
     Cuts whole batches from the tensor in memory: a DataLoader fetches and collates image by image, which costs about
-    as much as LeNet5 does, and copies to the GPU batch by batch. A last batch of one image joins the one before it, for
+    as much as LeNet5 does, and copies to the GPU batch by batch. (index_select copies whole images, in a tenth of the
+    time that images[indices] takes.) A last batch of one image joins the one before it, for
     batch norm has nothing to go by in a single example.
     """
 
@@ -191,7 +192,7 @@ class BatchLoader:
         images, labels = self.dataset.images, self.dataset.labels
         order = torch.randperm if self.shuffle else torch.arange
         for indices in order(len(images), device=images.device).split(self.cuts()):
-            yield images[indices].float().div_(255), labels[indices]
+            yield images.index_select(0, indices).float().div_(255), labels.index_select(0, indices)
 
 
 def check_cut(folder, info, path, table, digests, expected, remedy):

@@ -26,7 +26,7 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     training = optimizer is not None
     model.train(training)
     loss_fn = nn.CrossEntropyLoss()
-    sizes, losses, hits = [], [], []
+    sizes, losses, answers, truths = [], [], [], []
     with torch.set_grad_enabled(training):
         for images, labels in tqdm(loader, title, leave=False, disable=title is None):
             images, labels = images.to(device), labels.to(device)  # no copies where they are there already
@@ -38,10 +38,11 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
                 optimizer.step()
             sizes.append(len(labels))
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == labels).sum())
+            answers.append(logits.detach().argmax(1))
+            truths.append(labels)
     weights = torch.tensor(sizes, dtype=torch.float64)
     loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
-    return loss.item(), torch.stack(hits).sum().item() / sum(sizes)
+    return loss.item(), (torch.cat(answers) == torch.cat(truths)).sum().item() / sum(sizes)
 
 
 class Augmented:
@@ -100,33 +101,64 @@ class Proximal:
 class Adam:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980), step by step what torch.optim.Adam computes.
 
-    torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time: how much
-    it is, `benchmarks/bench.py adam` measures. Once it is nothing any more, delete this class and take torch's.
+    Parameters of one dtype and device are stepped together, as one vector: for a small net the calls cost more than the
+    numbers. torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time:
+    how much it is, `benchmarks/bench.py adam` measures.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
         self.lr, self.betas, self.eps = lr, betas, eps
-        self.parameters = list(parameters)
-        self.steps = [0] * len(self.parameters)  # each counts its own: without a gradient it takes no step
-        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        groups = {}
+        for parameter in parameters:  # frozen ones apart, for they would keep others from stepping together
+            groups.setdefault((parameter.dtype, parameter.device, parameter.requires_grad), []).append(parameter)
+        self.vectors = [Vector(group) for group in groups.values()]
 
     def zero_grad(self):
-        for parameter in self.parameters:
-            parameter.grad = None
+        for vector in self.vectors:
+            for parameter in vector.parameters:
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self):
+        for vector in self.vectors:
+            for parameters, steps, state in vector.parts():
+                self.step_together(parameters, steps + 1, *state)
+
+    def step_together(self, parameters, step, mean, square, change, changes):
         beta1, beta2 = self.betas
-        for index, (parameter, mean, square) in enumerate(zip(self.parameters, self.means, self.squares)):
-            gradient = parameter.grad
-            if gradient is None:  # it took no part in the loss
-                continue
+        size, correction = self.lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        gradient = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = torch.sqrt(square, out=gradient).div_(correction).add_(self.eps)
+        torch.mul(mean, -size, out=change).div_(scale)
+        for parameter, part in zip(parameters, changes):
+            parameter.add_(part)
+
+
+class Vector:
+    """What Adam keeps of parameters that fit into one vector: mean, mean square and change of each value."""
+
+    def __init__(self, parameters):
+        self.parameters, sizes = parameters, [parameter.numel() for parameter in parameters]
+        self.steps = [0] * len(parameters)  # each counts its own: without a gradient it takes no step
+        self.whole = [torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device) for _ in range(3)]
+        self.single = [*zip(*(vector.split(sizes) for vector in self.whole))]
+        self.changes = [change.view(parameter.shape) for parameter, (_, _, change) in zip(parameters, self.single)]
+
+    def parts(self):
+        """What steps now: [([parameter, …], steps before, (mean, square, change, [change of each parameter]))]."""
+        trained = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if len(trained) == len(self.parameters) and len(set(self.steps)) == 1:
+            parts = [(self.parameters, self.steps[0], (*self.whole, self.changes))]
+        else:
+            parts = [
+                ([self.parameters[index]], self.steps[index], (*self.single[index], [self.changes[index]]))
+                for index in trained
+            ]
+        for index in trained:
             self.steps[index] += 1
-            size, correction = self.lr / (1 - beta1 ** self.steps[index]), math.sqrt(1 - beta2 ** self.steps[index])
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            parameter.addcdiv_(mean, (square.sqrt() / correction).add_(self.eps), value=-size)
+        return parts
 
 
 def client_fit_fn(

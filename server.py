@@ -57,10 +57,11 @@ from flwr.server import ServerConfig, start_server
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
-from nets import batch_norm_names, build_net, count_parameters, find_net, fingerprint, normalise_input, trial
+from nets import batch_norm_names, build_net, count_parameters, find_net, fingerprint, learned, normalise_input, trial
 from record import Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Registry
 from strategies import STRATEGIES, FedAvg
+from wire import COMPRESS, Sender
 
 LEAST_PATIENCE = 60  # seconds that a client may be away at least, until its absence is told
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
@@ -90,6 +91,12 @@ def parse_args():
         help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
         "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
         "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESS,
+        default=COMPRESS[0],
+        help="send parameters in half of the bytes (fp16) or a quarter (int8: as differences), for a slow network",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
@@ -529,6 +536,8 @@ def main():
     num_fit, model = count_fits(args), new_model(args, info)
     if args.target_accuracy is not None and args.num_rounds < LASTING:
         raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
+    if args.compress != "off" and not any(learned(model)):
+        raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
     folder = CKPS / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -608,7 +617,8 @@ def main():
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
-    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client)
+    sender = Sender(args.compress, learned(model))
+    registry = Registry(args.num_clients, task, secret, args.server_port, describe_client, sender)
     auto_timeout = args.round_timeout == "auto"
     target = args.target_accuracy, first_that_counts
     absences = Absences(map(str, range(args.num_clients)), curves.watch)

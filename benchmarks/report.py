@@ -8,6 +8,7 @@ figure in the two is typed by hand. bench.py and soak.py call it when they have 
 
 import json
 import re
+import statistics
 import sys
 
 import pandas as pd
@@ -23,7 +24,7 @@ SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".
 NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
     ("epoch of", "bare loop"),
     ("whole round", "slowest fit + slowest evaluate"),
-    ("round with 10 idle clients", "Flower"),
+    ("round with 10 clients on 20 Mbit/s, fp16: waiting", "whole models"),
     ("client: peak memory", "empty process"),
 )
 
@@ -177,13 +178,80 @@ def bench():
         f"{ratio('partition.py, ', 'np.save')} times as long as saving alone, for the archive has to be decompressed "
         f"and read, which by itself takes {(reading_too - saving) / saving:.2f} times as long; it takes "
         f"{ratio('partition.py, ', 'reading')} times reading and saving.\n\n"
-        f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
-        f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
+        f"{wire_in_bytes(wire)}\n\n"
+        f"{step_profile(about['step_profile'])}\n\n"
+        f"{client_memory(about['client_memory'])}\n\n"
         "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
         "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
         "work): it starts a new process for each message.\n\n"
         "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
         "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
+    )
+
+
+def wire_in_bytes(wire):
+    rows = []
+    for way, sent in wire["ways"].items():
+        both, goal = sent["down"] + sent["up"], wire["goals"][way]
+        shown = "" if goal is None else f"≤ {goal:,}" + " (missed)" * (both > goal)
+        rows.append([way, *(f"{number:,.0f}" for number in (sent["down"], sent["up"], both)), shown])
+    return (
+        f"On the wire: the parameters are {wire['parameters']:,} bytes. Bytes of TCP that a client gets and sends in "
+        f"each of {wire['rounds']} rounds after the first ones, in which a whole model comes:\n\n"
+        f"{table(['--compress', 'down', 'up', 'both', 'goal'], rows)}\n\n"
+        "On the shelf the waiting falls less than the bytes, for there is a bucket each way: what no longer goes down "
+        "before a fit went down beside the first answers, which go up."
+    )
+
+
+def step_profile(shares):
+    greatest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:9])
+    return (
+        f"Where a step's time goes (torch.profiler, of an epoch): {greatest}. The convolutions are oneDNN's, and take "
+        "as long in the bare loop."
+    )
+
+
+def client_memory(about):
+    rows, before = [], {"anon": 0.0, "file": 0.0}
+    for stage, now in about["stages"].items():
+        rows.append([stage, *(f"{now[kind]:.0f} ({now[kind] - before[kind]:+.0f})" for kind in before)])
+        before = now
+    return (
+        f"Where a client's memory is, in MiB, {about['shard']:.0f} of them the shard's images:\n\n"
+        f"{table(['after', 'its own', 'pages of files'], rows)}\n\n"
+        "Pages of files are the code of torch's and oneDNN's kernels that a training touches: the system takes them "
+        "back when memory is short, but a peak has them in it, and with the shard they alone are more than a goal of "
+        "1.15 leaves. The rest are activations and what malloc keeps of them: told to give it back at once "
+        "(MALLOC_TRIM_THRESHOLD_), a client takes 20 MiB less, and more than twice the time."
+    )
+
+
+def compress():
+    runs = read("compress.json")["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    finals = {}
+    for run in runs:
+        finals.setdefault(run["compress"], {})[run["seed"]] = run["rounds"][-1]["test_accuracy"]
+    rows = []
+    for way, by_seed in finals.items():
+        values = list(by_seed.values())
+        differences = [value - finals["off"][seed] for seed, value in by_seed.items()]
+        against = "" if way == "off" else f"{statistics.mean(differences):+.4f}"
+        each = [f"{by_seed[seed]:.4f}" if seed in by_seed else "–" for seed in seeds]
+        rows.append([way, *each, f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
+    off = finals["off"].values()
+    within = all(min(off) <= statistics.mean(by_seed.values()) <= max(off) for by_seed in finals.values())
+    verdict = f"Their means are {'within' if within else 'outside'} what the seeds of off spread over."
+    count = len(runs[0]["rounds"])
+    header = ["--compress", *(f"seed {seed}" for seed in seeds), "mean, least, greatest", "mean difference to off"]
+    return (
+        f"Test accuracy after {count} rounds on all of CIFAR-10, ten clients of 4,000 fit images each, n = "
+        f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
+        f"{table(header, rows)}\n\n"
+        "fp16 rounds each parameter to 11 bits, both ways; the server's mean stays float32. int8 sends, of each array, "
+        "the change since the model before in 255 steps; what a step was too coarse for stays on the device, or in the "
+        f"server's model, and goes with the next change. {verdict}"
     )
 
 
@@ -364,7 +432,14 @@ PAGES = {
         "soak": soak_in_short,
         "bench": bench_in_short,
     },
-    HERE / "README.md": {"figure": figure, "frontier": frontier, "skew": skew, "soak": soak, "bench": bench},
+    HERE / "README.md": {
+        "figure": figure,
+        "frontier": frontier,
+        "skew": skew,
+        "soak": soak,
+        "compress": compress,
+        "bench": bench,
+    },
 }
 
 
