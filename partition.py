@@ -849,7 +849,7 @@ def main():
         raise UserError(f"cannot write {target}: {error}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    sizes = f"{min(sizes)} to {max(sizes)} images each"
+    sizes = f"{' to '.join(map(str, sorted({min(sizes), max(sizes)})))} images each"
     say(f"{shlex.quote(str(target))}: {args.num_clients} clients with {sizes}, {args.partition}")
 
 

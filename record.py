@@ -632,13 +632,15 @@ def draw_confusion(counts, classes, path, title):
     names = [plain(name, 20) for name in classes or range(len(counts))]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right, all_images = np.trace(counts), max(counts.sum(), 1)
-    with picture(path, 8, 7, f"{title}: {right / all_images:.1%} of {all_images:,} test images") as figure:
+    with picture(path, 8, 7, f"{title}: accuracy {right / all_images:.3f} on {all_images:,} test images") as figure:
         axes = figure.subplots()
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         figure.colorbar(image, ax=axes, label="share of the images of a class")
         axes.set(xlabel="what the model says", ylabel="class, and how many of its images are found")
         step = math.ceil(len(counts) / 40)
-        found = [f"{name}  {share:.0%}".replace("nan%", "–") for name, share in zip(names, accuracies(counts))]
+        found = [
+            f"{name}  {'–' if math.isnan(share) else f'{share:.2f}'}" for name, share in zip(names, accuracies(counts))
+        ]
         slope = 45 if len(counts) <= 20 else 90
         axes.set_xticks(range(0, len(counts), step), names[::step], rotation=slope, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(0, len(counts), step), found[::step])
@@ -781,7 +783,8 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
 def how_to_sync(run):
     folder = Path(run.dir).parent
     option = "" if folder.name.startswith("offline-") else "--no-skip-online "
-    return f"wandb sync {option}{shlex.quote(str(folder))}"
+    command = Path(sys.executable).with_name("wandb")  # which is on no PATH, where the scripts run by .venv/bin/python
+    return f"{shlex.quote(str(command)) if command.exists() else 'wandb'} sync {option}{shlex.quote(str(folder))}"
 
 
 def describe_code() -> dict:

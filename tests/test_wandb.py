@@ -269,12 +269,12 @@ def start_clients(suite):
 
 def folder_to_send(process):
     """The folder that a server's line on sending curves later names."""
-    return Path(re.search(r"send them later with: wandb sync .*?(/\S+)", process.out)[1])
+    return Path(re.search(r"send them later with: \S*wandb sync .*?(/\S+)", process.out)[1])
 
 
 def send_later(suite, process, stub):
     """Do what that line says, with a key and the stub at hand now."""
-    line = re.search(r"send them later with: wandb (sync .+)", process.out)[1]
+    line = re.search(r"send them later with: \S*wandb (sync .+)", process.out)[1]
     env = {**suite.env, "WANDB_BASE_URL": stub.url, "WANDB_API_KEY": KEY}
     subprocess.run([WANDB, *line.split()], env=env, cwd=suite.root, stdin=subprocess.DEVNULL, check=True, timeout=60)
 
