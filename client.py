@@ -57,7 +57,8 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, set_arrays, trial
+from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, learned, set_arrays, trial
+from wire import WIRE, Holder
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -154,6 +155,7 @@ class Client(NumPyClient):
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
         self.answered = None  # when a fit or evaluate was answered last
+        self.waited = 0.0  # seconds, since the last line about a round
 
     def get_properties(self, config):
         """Answer what the server asks besides training: who this is ("nonce"), and to make ready ("net").
@@ -234,6 +236,7 @@ class Client(NumPyClient):
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
             self.heed(config)
+            self.waited += telemetry.get("wait_seconds", 0.0)
             self.set_parameters(parameters)
             runs, current = self.runs(config), config.get("round")
             if runs and not self.own.put_into(self.model, runs) and current != 1:
@@ -253,7 +256,8 @@ class Client(NumPyClient):
             if runs:
                 self.own.keep(self.model, runs[0])
             figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}"
+            title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}  waited {self.waited:.1f} s"
+            self.waited = 0.0
             telemetry["fit_seconds"] = time.monotonic() - started
             say(f"{title}  {figures}  {telemetry['fit_seconds']:.1f} s")
             telemetry.update(sensors())
@@ -273,6 +277,7 @@ class Client(NumPyClient):
         try:
             started, telemetry = time.monotonic(), waited_since(self.answered)
             self.heed(config)
+            self.waited += telemetry.get("wait_seconds", 0.0)
             self.set_parameters(parameters)
             self.own.put_into(self.model, self.runs(config))
             loss, accuracy = run_epoch(self.loaders["eval"], self.model, self.device)
@@ -360,13 +365,18 @@ def watch_silence(client, port):
             hang_up(port)
 
 
-def answer(flower_client, message: ServerMessage) -> ClientMessage:
+def answer(flower_client, message: ServerMessage, holder: Holder) -> ClientMessage:
     """The client's answer to one message of the server, both as Flower puts them on the wire."""
     kind = message.WhichOneof("msg")  # "fit_ins", say
     if kind == "reconnect_ins":
         return ClientMessage(disconnect_res=ClientMessage.DisconnectRes(reason=Reason.ACK))
     name = kind[: -len("_ins")]
-    res = getattr(flower_client, name)(getattr(serde, f"{kind}_from_proto")(getattr(message, kind)))
+    ins = getattr(serde, f"{kind}_from_proto")(getattr(message, kind))
+    if name in ("fit", "evaluate"):
+        ins.parameters = holder.unpack(ins.parameters)
+    res = getattr(flower_client, name)(ins)
+    if name == "fit":
+        res.parameters = holder.pack(res.parameters)
     return ClientMessage(**{f"{name}_res": getattr(serde, f"{name}_res_to_proto")(res)})
 
 
@@ -377,6 +387,7 @@ def serve(client: Client, host: str, port: int, certificate: bytes | None) -> st
     leaves a thread behind for each connection that is lost (grpc 21995), and with flwr 1.11 takes the signals.)
     """
     address, flower_client, answers, over = join_address(host, port), client.to_client(), queue.SimpleQueue(), False
+    holder = Holder(lambda: learned(client.model))
     options = [
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),
@@ -395,7 +406,7 @@ def serve(client: Client, host: str, port: int, certificate: bytes | None) -> st
                 for sock in tcp_sockets(port, far=True):  # so that a server that vanishes while we train is noticed
                     keep_alive(sock)
             client.heard, client.listening = True, None
-            answers.put(answer(flower_client, message))
+            answers.put(answer(flower_client, message, holder))
             over = message.HasField("reconnect_ins")
             client.listening = time.monotonic()
     except grpc.RpcError as error:
@@ -583,6 +594,7 @@ def main():
             "dataset": args.dataset,
             "device_id": device_id(folder / f"client_{args.cid}.id"),
             "process": secrets.token_hex(8),
+            "wire": WIRE,
             **machine,
         },
         about={"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)},

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import sys
 
-from libs import nn, say, torch, tqdm
+from libs import nn, np, say, torch, tqdm
 
 from nets import save_checkpoint
 
-SHIFT = 4  # pixels by which --augment shifts an image at most, as usual for CIFAR (He et al. 2015, arXiv 1512.03385)
+SHIFT = (
+    2  # pixels by which --augment shifts an image at most: with the usual 4 a net learns slower than 100 rounds allow
+)
 
 
 def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:
@@ -24,7 +26,7 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     training = optimizer is not None
     model.train(training)
     loss_fn = nn.CrossEntropyLoss()
-    sizes, losses, hits = [], [], []
+    sizes, losses, answers, truths = [], [], [], []
     with torch.set_grad_enabled(training):
         for images, labels in tqdm(loader, title, leave=False, disable=title is None):
             images, labels = images.to(device), labels.to(device)  # no copies where they are there already
@@ -36,10 +38,11 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
                 optimizer.step()
             sizes.append(len(labels))
             losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == labels).sum())
+            answers.append(logits.detach().argmax(1))
+            truths.append(labels)
     weights = torch.tensor(sizes, dtype=torch.float64)
     loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
-    return loss.item(), torch.stack(hits).sum().item() / sum(sizes)
+    return loss.item(), (torch.cat(answers) == torch.cat(truths)).sum().item() / sum(sizes)
 
 
 class Augmented:
@@ -59,8 +62,8 @@ class Augmented:
 def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
     """Each of the `images` (B×C×H×W) shifted by up to SHIFT pixels either way, with black at the edge that comes in.
 
-    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right, every
-    other one; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
+    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right half of the
+    time; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
     """
     size, channels, height, width = images.shape
     device = images.device
@@ -98,33 +101,64 @@ class Proximal:
 class Adam:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980), step by step what torch.optim.Adam computes.
 
-    torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time: how much
-    it is, `benchmarks/bench.py adam` measures. Once it is nothing any more, delete this class and take torch's.
+    Parameters of one dtype and device are stepped together, as one vector: for a small net the calls cost more than the
+    numbers. torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time:
+    how much it is, `benchmarks/bench.py adam` measures.
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
         self.lr, self.betas, self.eps = lr, betas, eps
-        self.parameters = list(parameters)
-        self.steps = [0] * len(self.parameters)  # each counts its own: without a gradient it takes no step
-        self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        groups = {}
+        for parameter in parameters:  # frozen ones apart, for they would keep others from stepping together
+            groups.setdefault((parameter.dtype, parameter.device, parameter.requires_grad), []).append(parameter)
+        self.vectors = [Vector(group) for group in groups.values()]
 
     def zero_grad(self):
-        for parameter in self.parameters:
-            parameter.grad = None
+        for vector in self.vectors:
+            for parameter in vector.parameters:
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self):
+        for vector in self.vectors:
+            for parameters, steps, state in vector.parts():
+                self.step_together(parameters, steps + 1, *state)
+
+    def step_together(self, parameters, step, mean, square, change, changes):
         beta1, beta2 = self.betas
-        for index, (parameter, mean, square) in enumerate(zip(self.parameters, self.means, self.squares)):
-            gradient = parameter.grad
-            if gradient is None:  # it took no part in the loss
-                continue
+        size, correction = self.lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        gradient = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = torch.sqrt(square, out=gradient).div_(correction).add_(self.eps)
+        torch.mul(mean, -size, out=change).div_(scale)
+        for parameter, part in zip(parameters, changes):
+            parameter.add_(part)
+
+
+class Vector:
+    """What Adam keeps of parameters that fit into one vector: mean, mean square and change of each value."""
+
+    def __init__(self, parameters):
+        self.parameters, sizes = parameters, [parameter.numel() for parameter in parameters]
+        self.steps = [0] * len(parameters)  # each counts its own: without a gradient it takes no step
+        self.whole = [torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device) for _ in range(3)]
+        self.single = [*zip(*(vector.split(sizes) for vector in self.whole))]
+        self.changes = [change.view(parameter.shape) for parameter, (_, _, change) in zip(parameters, self.single)]
+
+    def parts(self):
+        """What steps now: [([parameter, …], steps before, (mean, square, change, [change of each parameter]))]."""
+        trained = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if len(trained) == len(self.parameters) and len(set(self.steps)) == 1:
+            parts = [(self.parameters, self.steps[0], (*self.whole, self.changes))]
+        else:
+            parts = [
+                ([self.parameters[index]], self.steps[index], (*self.single[index], [self.changes[index]]))
+                for index in trained
+            ]
+        for index in trained:
             self.steps[index] += 1
-            size, correction = self.lr / (1 - beta1 ** self.steps[index]), math.sqrt(1 - beta2 ** self.steps[index])
-            mean.lerp_(gradient, 1 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            parameter.addcdiv_(mean, (square.sqrt() / correction).add_(self.eps), value=-size)
+        return parts
 
 
 def client_fit_fn(
@@ -181,3 +215,13 @@ def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") ->
     """Measure `server_model` on test_loaders["test"]; returns {"test_loss", "test_accuracy"}, floats."""
     test_loss, test_accuracy = run_epoch(test_loaders["test"], server_model.to(device), device)
     return {"test_loss": test_loss, "test_accuracy": test_accuracy}
+
+
+def count_answers(loader, model: nn.Module, device="cpu") -> np.ndarray:
+    """How often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
+    model.to(device).eval()
+    with torch.no_grad():
+        pairs = [(labels, model(images.to(device)).cpu()) for images, labels in loader]
+    num_classes = pairs[0][1].shape[1]
+    truths, answers = torch.cat([labels.cpu() for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
+    return torch.bincount(truths * num_classes + answers, minlength=num_classes**2).reshape(num_classes, -1).numpy()

@@ -18,6 +18,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
 
 
+class PoolFunction(torch.autograd.Function):
+    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
+
+    @staticmethod
+    def forward(ctx, images):
+        left, right = images[..., 0::2], images[..., 1::2]
+        columns = torch.maximum(left, right)
+        upper, lower = columns[..., 0::2, :], columns[..., 1::2, :]
+        ctx.save_for_backward(right > left, lower > upper)
+        return torch.maximum(upper, lower)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        is_right, is_lower = ctx.saved_tensors
+        columns = gradient.new_empty(is_right.shape)
+        lower = torch.mul(gradient, is_lower, out=columns[..., 1::2, :])
+        torch.sub(gradient, lower, out=columns[..., 0::2, :])
+        images = columns.new_empty((*columns.shape[:-1], 2 * columns.shape[-1]))
+        right = torch.mul(columns, is_right, out=images[..., 1::2])
+        torch.sub(columns, right, out=images[..., 0::2])
+        return images
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d(2), for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, images):
+        if not images.is_cpu or images.shape[-2] % 2 or images.shape[-1] % 2:
+            return super().forward(images)
+        return PoolFunction.apply(images)
+
+
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) with batch norm, ReLU and max pooling, for images of 32×32.
 
@@ -29,20 +64,22 @@ class LeNet5(nn.Module):
     def __init__(self, in_channels, num_classes):
         super().__init__()
         self.in_channels, self.num_classes = in_channels, num_classes
-        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
-        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), MaxPool2d())
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), MaxPool2d())
         self.layer3 = nn.Sequential(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
         self.classifier = nn.Linear(84, num_classes)
 
     def forward(self, images):
-        return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
+        for convolution, norm, relu, pool in (self.layer1, self.layer2):
+            images = relu(pool(norm(convolution(images))))  # what pool(relu(…)) gives, for a quarter of ReLU's work
+        return self.classifier(self.layer3(images.flatten(1)))
 
 
 class GroupNet(nn.Module):
-    """Three convolutions with group norm (Wu & He 2018, arXiv 1803.08494) and ReLU, for images of 32×32.
+    """Two convolutions, two residual ones (He et al. 2015, arXiv 1512.03385), group norm, for images of 32×32.
 
-    Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. Nothing in it depends on the
-    other images of a batch, or is a running mean of a device's own: it suits skewed data, and every strategy.
+    Takes float32 N×in_channels×32×32 in 0..1 and returns logits, float32 N×num_classes. With group norm (Wu & He 2018,
+    arXiv 1803.08494) nothing in it depends on the other images of a batch, or is a running mean of a device's own.
     """
 
     image_size = (32, 32)
@@ -53,15 +90,18 @@ class GroupNet(nn.Module):
         self.in_channels, self.num_classes = in_channels, num_classes
         self.register_buffer("input_mean", torch.full((1, in_channels, 1, 1), 0.5))
         self.register_buffer("input_std", torch.full((1, in_channels, 1, 1), 0.25))
-        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 32, 5, 2, 2), nn.GroupNorm(8, 32), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(32, 48, 3, 2, 1), nn.GroupNorm(8, 48), nn.ReLU())
-        self.layer3 = nn.Sequential(nn.Conv2d(48, 64, 3, 1, 1), nn.GroupNorm(8, 64), nn.ReLU())
-        self.layer4 = nn.Sequential(nn.Linear(4096, 32), nn.ReLU())
-        self.classifier = nn.Linear(32, num_classes)
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, 32, 5, 2, 2, bias=False), nn.GroupNorm(8, 32), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.GroupNorm(8, 64), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.GroupNorm(8, 64))
+        self.layer4 = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.GroupNorm(8, 64))
+        self.pool = nn.AvgPool2d(2)
+        self.classifier = nn.Linear(1024, num_classes)
 
     def forward(self, images):
-        images = (images - self.input_mean) / self.input_std
-        return self.classifier(self.layer4(self.layer3(self.layer2(self.layer1(images))).flatten(1)))
+        images = self.layer2(self.layer1((images - self.input_mean) / self.input_std))
+        images = torch.relu(images + self.layer3(images))
+        images = torch.relu(images + self.layer4(images))
+        return self.classifier(self.pool(images).flatten(1))
 
 
 NETS = {net.__name__: net for net in (LeNet5, GroupNet)}  # yours goes here
@@ -114,6 +154,18 @@ def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
         if tuple(tensor.shape) != np.shape(array):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {np.shape(array)}")
         tensor.copy_(torch.as_tensor(array))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers training changes in `model`."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def learned(model: nn.Module) -> list[bool]:
+    """Of each array of get_arrays whether it is a float32 parameter, and no buffer, such as the means of batch norm."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    state = model.state_dict(keep_vars=True).values()
+    return [id(tensor) in parameters and tensor.dtype == torch.float32 for tensor in state]
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -3,17 +3,21 @@
     python partition.py --dataset CIFAR10 --num_clients 10
     python partition.py --dataset Flowers --source flowers.zip --num_clients 4 --partition dirichlet --bundles
 
-Without --source, CIFAR10 comes from datasets/cifar-10-python.tar.gz, which is downloaded if it is not there, and
-Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of CIFAR-10's, or with the images as
-train/<class>/* and test/<class>/*, or only as <class>/*. Images are brought to one size; a set of grey images alone is
-written with one channel. What an earlier run wrote for the dataset is replaced.
+Without --source, CIFAR10, CIFAR100, MNIST and FashionMNIST come from their official files in datasets/, which are
+downloaded if they are not there, and Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of
+CIFAR-10's or CIFAR-100's, or with four IDX files such as MNIST's, or with the images as train/<class>/* and
+test/<class>/*, or only as <class>/*. Images are brought to one size; a set of grey images alone is written with one
+channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what is there.
 """
 
 import argparse
+import csv
+import gzip
 import hashlib
 import http.client
 import io
 import json
+import math
 import os
 import pickle
 import queue
@@ -50,8 +54,31 @@ from libs import (
 
 import cv2
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+OFFICIAL = {  # dataset: (where its files are, {file: MD5})
+    "CIFAR10": ("https://www.cs.toronto.edu/~kriz", {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}),
+    "CIFAR100": ("https://www.cs.toronto.edu/~kriz", {"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"}),
+    "MNIST": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "FashionMNIST": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+        {
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+}
+CLASSES = {  # of IDX files, which hold numbers alone
+    "FashionMNIST": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+}
 START_TIMEOUT = 10  # seconds until a download must have started
 STALL_TIMEOUT = 30  # seconds that a started download may be silent
 
@@ -73,20 +100,29 @@ def parse_args():
     parser.add_argument("--image_size", type=image_size, default="32", help=size_help)
     fit_help = "how: squash scales both sides, whatever they are; crop first takes the middle in the right proportion"
     parser.add_argument("--fit", choices=["squash", "crop"], default="squash", help=fit_help)
-    parser.add_argument("--partition", choices=["iid", "dirichlet"], default="iid", help="equal shards, or label skew")
+    partition_help = "who gets which images: iid, all the same mix of classes; dirichlet, a mix of each client's own; "
+    partition_help += "shards, two slices of the images in the order of their classes"
+    parser.add_argument("--partition", choices=["iid", "dirichlet", "shards"], default="iid", help=partition_help)
     positive, fraction = number(float, 0, inside=True), number(float, 0, 1, inside=True)
     parser.add_argument("--alpha", type=positive, default=0.5, help="dirichlet: the smaller, the more skewed")
+    sizes_help = "how many images a client has: equal, or lognormal, in proportion to the exponential of a normal draw"
+    parser.add_argument("--sizes", choices=["equal", "lognormal"], default="equal", help=sizes_help)
     test_help = "share of each class for the test set, where the source has none"
     parser.add_argument("--test_fraction", type=fraction, default=0.2, help=test_help)
     parser.add_argument("--eval_fraction", type=fraction, default=0.2, help="share of each shard to evaluate on")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of every random choice")
     parser.add_argument("--bundles", action="store_true", help="also write one tar a client, with all it needs")
-    return parser.parse_args()
+    parser.add_argument("--show", action="store_true", help="only print how many images of each class each client has")
+    args = parser.parse_args()
+    if args.partition == "shards" and args.sizes != "equal":
+        raise UserError("--sizes lognormal goes with --partition iid or dirichlet: slices are of one size")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources. Each reader returns (classes, channels, splits): splits yields ("train" or "test", number of images, images)
-# in turn, and images yields (image as prepare_image takes it, int label). Channels are None where the images decide.
+# Sources. A reader takes (source, args), and returns (classes, channels, splits, levels for prepare_image), or None if
+# nothing has its layout. splits yields ("train" or "test", number of images, images) in turn, and images yields (image
+# as prepare_image takes it, int label); channels are None where the images decide. All of the readers are in READERS.
 
 
 def is_file(member):
@@ -152,28 +188,38 @@ class PlainUnpickler(pickle.Unpickler):
         return self.ADMITTED[module, name]
 
 
-def read_archive(source):
-    """Read CIFAR-10's layout, in a tar, zip or folder; None where none of it is there. Nothing is unpacked to disk."""
-    wanted = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]
-    batches = {}
+CIFAR_LAYOUTS = {  # name: (training files, test file, file with the names, their key, the labels' key)
+    "CIFAR-10": ([f"data_batch_{k}" for k in range(1, 6)], "test_batch", "batches.meta", b"label_names", b"labels"),
+    "CIFAR-100": (["train"], "test", "meta", b"fine_label_names", b"fine_labels"),
+}
+
+
+def read_cifar(source, args):
+    """Read CIFAR-10's or CIFAR-100's layout (fine labels); None where none of it is there. Unpacks nothing to disk."""
+    batches, layout = {}, None
+    layout_of = {name: key for key, (train, *others) in CIFAR_LAYOUTS.items() for name in (*train, *others[:2])}
     try:
         for name, opened in list_members(source):
             name = name.rpartition("/")[2]
-            if name in wanted:
+            if name in layout_of:
                 with opened() as file:
+                    if layout_of[name] == "CIFAR-100" and file.peek(1)[:1] != b"\x80":
+                        continue  # something else with that plain name, and no pickle
                     batches[name] = PlainUnpickler(file, encoding="bytes").load()
-        if not batches:
+        layout = next((key for key in CIFAR_LAYOUTS if any(layout_of[name] == key for name in batches)), None)
+        if layout is None:
             return None
-        classes = [name.decode() for name in batches["batches.meta"][b"label_names"]]
-        for name in wanted[:-1]:
-            data, labels = batches[name][b"data"], np.array(batches[name][b"labels"])
+        train, test, meta, classes_key, labels_key = CIFAR_LAYOUTS[layout]
+        classes = [name.decode() for name in batches[meta][classes_key]]
+        for name in (*train, test):
+            data, labels = batches[name][b"data"], np.array(batches[name][labels_key])
             if data.dtype != np.uint8 or data.shape != (len(labels), 3072) or not len(labels):
                 raise ValueError(f"{name} is not rows of 3,072 bytes with a label each")
             if labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= len(classes):
                 raise ValueError(f"{name} has a label outside 0..{len(classes) - 1}")
             batches[name] = data, labels
     except KeyError as error:
-        raise UserError(f"{source} is not whole: of CIFAR-10's layout it lacks {error.args[0]!r}") from None
+        raise UserError(f"{source} is not whole: of {layout}'s layout it lacks {error.args[0]!r}") from None
     except UserError:
         raise
     except Exception as error:  # whatever tarfile, zlib and pickle make of bytes that are damaged or something else
@@ -184,9 +230,76 @@ def read_archive(source):
             data, labels = batches.pop(name)
             yield from zip(np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels.tolist())
 
-    train = sum(len(batches[name][1]) for name in wanted[:5])
-    splits = [("train", train, images(wanted[:5])), ("test", len(batches["test_batch"][1]), images(wanted[5:6]))]
-    return classes, 3, splits
+    num_train = sum(len(batches[name][1]) for name in train)
+    splits = [("train", num_train, images(train)), ("test", len(batches[test][1]), images([test]))]
+    return classes, 3, splits, None
+
+
+IDX_NAME = re.compile(r"(train|t10k|test).*(images|labels)[-._]idx[13][-._]ubyte(\.gz)?", re.IGNORECASE)
+
+
+def parse_idx(data, num_axes):
+    """The uint8 array of `num_axes` axes that the bytes of an IDX file hold. Raises ValueError.
+
+    The format, http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: uint8), the number of axes, the length of
+    each as a big-endian uint32, the values.
+    """
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    start = 4 + 4 * num_axes
+    if data[:4] != bytes([0, 0, 8, num_axes]) or len(data) < start:
+        raise ValueError(
+            f"it begins with {data[:4].hex()} and not with 000008{num_axes:02x}: no bytes of {num_axes} axes"
+        )
+    shape = np.frombuffer(data, ">u4", num_axes, offset=4).tolist()
+    if len(data) - start != math.prod(shape) or 0 in shape:
+        raise ValueError(f"it has {len(data) - start} values, and not {' times '.join(map(str, shape))}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def read_idx(source, args):
+    """Read four IDX files, gzipped or not, named as MNIST's are; None where none is there.
+
+    Labels are the classes' names, but for the datasets in CLASSES, whose labels are the places in that list.
+    """
+    found = {}  # (split, "images" or "labels"): (name, array)
+    for name, opened in list_members(source):
+        match = IDX_NAME.search(name.rpartition("/")[2])
+        if not match or any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
+            continue
+        key = "train" if match[1].lower() == "train" else "test", match[2].lower()
+        try:
+            with opened() as file:
+                array = parse_idx(file.read(), 3 if key[1] == "images" else 1)
+        except UNREADABLE as error:
+            raise UserError(f"{source}: {name} cannot be read: {error}") from None
+        if key in found and not np.array_equal(found[key][1], array):  # packed and unpacked, side by side, are the same
+            raise UserError(
+                f"{source} has {' and '.join(key)} twice: {found[key][0]} and {name}; name a folder with one set"
+            )
+        found[key] = name, array
+    if not found:
+        return None
+    for key in ((split, kind) for split in ("train", "test") for kind in ("images", "labels")):
+        if key not in found:
+            there = some(sorted(name for name, _ in found.values()))
+            raise UserError(f"{source} lacks the IDX file with the {key[1]} for {key[0]}; it has {there}")
+    splits = {}
+    for split in ("train", "test"):
+        (name, images), (_, labels) = found[split, "images"], found[split, "labels"]
+        if len(images) != len(labels):
+            raise UserError(f"{source}: {name} has {len(images)} images, and {len(labels)} labels belong to it")
+        splits[split] = images, labels
+    values = np.unique(splits["train"][1])
+    classes = CLASSES.get(args.dataset, [])
+    if not classes or values[-1] >= len(classes):
+        classes = [str(value) for value in values]
+        unknown = np.setdiff1d(splits["test"][1], values)
+        if len(unknown):
+            raise UserError(f"{source} has the label {unknown[0]} in its test set and not in its training set")
+        splits = {split: (images, np.searchsorted(values, labels)) for split, (images, labels) in splits.items()}
+    splits = [(split, len(labels), zip(images, labels.tolist())) for split, (images, labels) in splits.items()]
+    return classes, None, splits, None
 
 
 FORMATS = """avif bmp dib exr gif hdr heic heif ico j2k jfif jp2 jpe jpeg jpg jxl pam pbm pcx pfm pgm pic png pnm ppm
@@ -301,7 +414,7 @@ def find_levels(files, names):
 def read_images(source, args):
     """Read images as train/<class>/* and test/<class>/*, at any depth, or as <class>/* alone; classes in sorted order.
 
-    Returns (levels for prepare_image, what every reader returns). Names all damaged files of the source at once.
+    Names all damaged files of the source at once.
     """
     if source.is_dir() or is_zip(source):
         files = dict(list_members(source))
@@ -352,7 +465,8 @@ def read_images(source, args):
         if split == "test" and transparent:
             say(f"images that are transparent in places, put on white: {transparent}")
 
-    return find_levels(files, labels), (classes, None, [(split, len(names[split]), images(split)) for split in names])
+    splits = [(split, len(names[split]), images(split)) for split in names]
+    return classes, None, splits, find_levels(files, labels)
 
 
 def regular(corners, *radii):
@@ -448,27 +562,38 @@ def file_md5(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+READERS = (read_cifar, read_idx, read_images)  # asked in turn; a new one goes before the last, which takes any
+
+
+def official_source(dataset):
+    """The official files of `dataset` in datasets/, downloaded if they are not there: an archive, or a folder."""
+    url, files = OFFICIAL[dataset]
+    folder = DATASETS if len(files) == 1 else DATASETS / f"{dataset}-idx"
+    folder.mkdir(exist_ok=True)
+    for name, md5 in files.items():
+        path = folder / name
+        if not path.exists():
+            download(f"{url}/{name}", path, md5)
+        elif file_md5(path) != md5:
+            raise UserError(f"{path} is not the official file (wrong MD5): delete it, or name it with --source")
+    return path if len(files) == 1 else folder
+
+
 def open_source(args):
-    """Choose the reader: (name of the source, its checksum or None, levels for prepare_image, what it returned)."""
+    """Choose the reader: (name of the source, its checksum or None, what the reader returned)."""
     source = args.source
     if source is None and args.dataset == "Shapes10":
-        return "built in", None, None, draw_shapes()
-    if source is None and args.dataset == "CIFAR10":
-        source = DATASETS / "cifar-10-python.tar.gz"
-        if not source.exists():
-            download(CIFAR10_URL, source, CIFAR10_MD5)
-        elif file_md5(source) != CIFAR10_MD5:
-            raise UserError(f"{source} is not the official archive (wrong MD5): delete it, or name it with --source")
-    if source is None:
-        raise UserError(f"no source is built in for {args.dataset}: name one with --source")
+        return "built in", None, (*draw_shapes(), None)
+    if source is None and args.dataset not in OFFICIAL:
+        known = ", ".join((*OFFICIAL, "Shapes10"))
+        raise UserError(f"no source is built in for {args.dataset}, only for {known}: name one with --source")
+    source = source or official_source(args.dataset)
     target = (DATASETS / args.dataset).resolve()
     if source.resolve() == target or target in source.resolve().parents:
         raise UserError(f"--source {source} lies in {target}, which this run would replace: move it elsewhere")
     try:
         checksum = None if source.is_dir() else f"md5: {file_md5(source)}"
-        content = read_archive(source)
-        levels, content = (None, content) if content else read_images(source, args)
-        return str(source), checksum, levels, content
+        return str(source), checksum, next(filter(None, (reader(source, args) for reader in READERS)))
     except (OSError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError) as error:
         raise UserError(f"cannot read {source}: {error}") from None
 
@@ -477,13 +602,32 @@ def open_source(args):
 # Shards.
 
 
-def split_iid(labels, num_clients, rng):
-    """Shuffle the ids 0..len(labels)-1 into `num_clients` shards (int arrays) whose sizes differ by at most one."""
-    return np.array_split(rng.permutation(len(labels)), num_clients)
+def draw_sizes(count, num_clients, rng, kind):
+    """How many of `count` images each client gets: [int, …], at least two each (one to fit, one to evaluate)."""
+    weights = np.exp(rng.normal(size=num_clients)) if kind == "lognormal" else np.ones(num_clients)
+    wanted = (count - 2 * num_clients) * weights / weights.sum()
+    sizes = 2 + wanted.astype(int)
+    first = np.argsort(-(wanted % 1), kind="stable")[: count - sizes.sum()]  # those that rounding took most from
+    sizes[first] += 1
+    return sizes.tolist()
 
 
-def split_dirichlet(labels, num_clients, rng, alpha):
-    """Shards of the same sizes with skewed labels, after Hsu et al. 2019 (arXiv 1909.06335).
+def split_iid(labels, sizes, rng):
+    """Shuffle the ids 0..len(labels)-1 into shards (int arrays) of the given `sizes`."""
+    return np.split(rng.permutation(len(labels)), np.cumsum(sizes)[:-1])
+
+
+def split_shards(labels, sizes, rng):
+    """Two slices a client of the ids in the order of their labels, after McMahan et al. 2017 (arXiv 1602.05629)."""
+    order = rng.permutation(len(labels))
+    slices = np.array_split(order[np.argsort(labels[order], kind="stable")], 2 * len(sizes))
+    return [
+        np.concatenate([slices[one], slices[other]]) for one, other in rng.permutation(2 * len(sizes)).reshape(-1, 2)
+    ]
+
+
+def split_dirichlet(labels, sizes, rng, alpha):
+    """Shards of the given `sizes` with skewed labels, after Hsu et al. 2019 (arXiv 1909.06335).
 
     Each client draws its own mix of classes from Dirichlet(alpha × the whole set's mix) and takes its images by it,
     each image once; from classes that are used up the rest goes to the others.
@@ -492,7 +636,7 @@ def split_dirichlet(labels, num_clients, rng, alpha):
     mix = np.bincount(labels, minlength=num_classes) / len(labels)
     pools = [rng.permutation(np.flatnonzero(labels == label)) for label in range(num_classes)]
     shards = []
-    for size in [len(part) for part in np.array_split(labels, num_clients)]:
+    for size in sizes:
         # Gamma draws, as they make up a Dirichlet's, but as logarithms: for a small alpha all of them would be zero.
         weights = np.maximum(alpha * mix, 1e-300)
         wanted = np.log(rng.gamma(weights + 1)) + np.log1p(-rng.uniform(size=num_classes)) / weights
@@ -544,8 +688,9 @@ def warn_of_duplicates(digests, labels):
 
 def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the number of train images of each client."""
-    source, checksum, levels, (classes, channels, splits) = open_source(args)
+    source, checksum, (classes, channels, splits, levels) = open_source(args)
     labels, digests, grey, digest = {}, {}, [], hashlib.md5()
+    sums = np.zeros((2, 3), np.int64)  # of the training images' values and of their squares, a channel
     for split, count, images in splits:
         if split == "train" and args.num_clients > count // 2:
             raise UserError(f"--num_clients {args.num_clients} is too many: {count} images, and each client needs two")
@@ -560,6 +705,9 @@ def write_dataset(folder, args):
             digests[split].append(image_digest(image))
             if image.ndim == 2:
                 grey.append((split, index))
+            if split == "train":
+                values = image.reshape(-1, 1 if image.ndim == 2 else 3).astype(np.int64)
+                sums += values.sum(0), np.square(values).sum(0)
             if checksum is None:
                 digest.update(np.ascontiguousarray(image))
     if channels is None:
@@ -572,10 +720,13 @@ def write_dataset(folder, args):
     warn_of_duplicates(digests, labels)
 
     rng = np.random.RandomState(args.seed)  # unlike default_rng, the same stream in every numpy
+    sizes = draw_sizes(len(labels["train"]), args.num_clients, rng, args.sizes)
     if args.partition == "iid":
-        shards = split_iid(labels["train"], args.num_clients, rng)
+        shards = split_iid(labels["train"], sizes, rng)
+    elif args.partition == "shards":
+        shards = [rng.permutation(shard) for shard in split_shards(labels["train"], sizes, rng)]
     else:
-        shards = split_dirichlet(labels["train"], args.num_clients, rng, args.alpha)
+        shards = split_dirichlet(labels["train"], sizes, rng, args.alpha)
     (folder / "clients").mkdir()
     shard_digests = []
     for cid, ids in enumerate(shards):
@@ -586,6 +737,8 @@ def write_dataset(folder, args):
         shard_digests.append(table_digest(rows, (digests["train"][row] for row in ids)))
     rows = [(str(row), str(label)) for row, label in enumerate(labels["test"])]
     write_table(folder / "test.csv", ("id", "label"), rows)
+    pixels = len(labels["train"]) * args.image_size[0] * args.image_size[1]
+    variances = [pixels * squares - total * total for total, squares in sums.T[:channels].tolist()]  # times pixels²
     info = {
         "dataset": args.dataset,
         "classes": list(classes),
@@ -593,13 +746,17 @@ def write_dataset(folder, args):
         "image_size": list(args.image_size),  # height, width
         "fit": args.fit,
         "levels": levels,  # the 16-bit values that became 0 and 255
+        "mean": [total / pixels / 255 for total in sums[0, :channels].tolist()],  # of the training images, in 0..1
+        "std": [math.sqrt(variance) / pixels / 255 for variance in variances],
         "num_train": len(labels["train"]),
         "num_test": len(labels["test"]),
         "num_clients": args.num_clients,
         "partition": args.partition,
+        "sizes": args.sizes,
         "alpha": args.alpha if args.partition == "dirichlet" else None,
         "eval_fraction": args.eval_fraction,
         "seed": args.seed,
+        "split": [np.bincount(labels["train"][ids], minlength=len(classes)).tolist() for ids in shards],
         "source": source,
         "checksum": checksum or f"md5 of all pixels: {digest.hexdigest()}",
         "shards": shard_digests,
@@ -607,6 +764,7 @@ def write_dataset(folder, args):
     }
     info["id"] = cut_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
+    draw_split(folder / "partition.png", f"{args.dataset}, {args.partition}", info["split"], classes)
     if args.bundles:
         (folder / "bundles").mkdir()
         for cid, ids in enumerate(tqdm(shards, "bundles", leave=False, disable=not sys.stderr.isatty())):
@@ -614,8 +772,63 @@ def write_dataset(folder, args):
     return [len(ids) for ids in shards]
 
 
+def draw_split(path, title, split, classes):
+    """Draw how many images of each class each client has, `split` as dataset.json has it, into the picture `path`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    counts, places = np.array(split), np.arange(len(split))
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    name = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "nipy_spectral"
+    colours = matplotlib.colormaps[name].resampled(max(len(classes), 10 if name == "tab10" else 20))
+    edges = np.stack([places - 0.4, places + 0.4], axis=1).ravel()  # of the bars: each class is one polygon through all
+    below = np.zeros(2 * len(split))
+    for label, called in enumerate(classes):
+        above = below.copy()
+        above[::2] += counts[:, label]
+        axes.fill_between(edges, below, above, step="post", color=colours(label), linewidth=0, label=called)
+        below[::2] = above[::2]
+    axes.set(title=title, xlabel="cid", ylabel="images", xlim=(-0.6, len(split) - 0.4), ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(classes) <= 20:
+        figure.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), loc="outside right upper")
+    else:
+        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(classes) - 1), colours)
+        figure.colorbar(shades, ax=axes, label="class, by its number in dataset.json")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def show(folder):
+    """Print how many images of each class each client of the dataset in `folder` has, as its CSVs say."""
+    try:
+        classes = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} has no dataset.json that this script wrote: cut the dataset first") from None
+    cids = [path.stem[len("client_") :] for path in (folder / "clients").glob("client_*.csv")]
+    rows = []
+    for cid in sorted(int(cid) for cid in cids if cid.isdecimal()):
+        path = folder / "clients" / f"client_{cid}.csv"
+        counts = np.zeros((2, len(classes)), int)
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    counts[["fit", "eval"].index(row["phase"]), range(len(classes)).index(int(row["label"]))] += 1
+        except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error):
+            raise UserError(f"{path} is not as this script wrote it: cut the dataset anew") from None
+        rows.append([cid, *counts.sum(axis=0), counts.sum(), *counts.sum(axis=1)])
+    if not rows:
+        raise UserError(f"{folder / 'clients'} has no client_<cid>.csv: cut the dataset first")
+    rows = [["cid", *classes, "all", "fit", "eval"], *rows, ["all", *np.sum(rows, axis=0)[1:]]]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        say("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)))
+
+
 def main():
     args = parse_args()
+    if args.show:
+        return show(DATASETS / args.dataset)
     if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", args.dataset, re.IGNORECASE):
         raise UserError(f"--dataset {args.dataset}: Windows allows no folder of this name, take another")
     target = (DATASETS / args.dataset).resolve()
@@ -636,7 +849,7 @@ def main():
         raise UserError(f"cannot write {target}: {error}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    sizes = f"{min(sizes)} to {max(sizes)} images each"
+    sizes = f"{' to '.join(map(str, sorted({min(sizes), max(sizes)})))} images each"
     say(f"{shlex.quote(str(target))}: {args.num_clients} clients with {sizes}, {args.partition}")
 
 

@@ -1,15 +1,17 @@
-"""What a run leaves and shows: its history, checkpoints, curves and picture; and how a later run goes on from them.
+"""What a run leaves and shows: its history, checkpoints, curves and pictures; and how a later run goes on from them.
 
 strategies.py hands over each finished round to a Record, server.py builds it. Nothing here knows of Flower.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
 import glob
 import itertools
+import json
 import math
 import os
 import queue
@@ -17,16 +19,18 @@ import shlex
 import shutil
 import statistics
 import struct
+import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
-from libs import ROOT, UserError, atomic_write, printable, say, torch, tqdm
+from libs import ROOT, UserError, atomic_write, np, printable, say, torch, tqdm
 
 import pandas as pd
 
-from engines import server_test_fn
+from engines import count_answers, server_test_fn
 from nets import load_checkpoint, save_checkpoint, set_arrays
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
@@ -34,18 +38,25 @@ EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
 TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
 COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
-TELEMETRY = ("fit_seconds", "eval_seconds", "wait_seconds", "peak_memory_mb", "cpu_temp_c", "throttled", "load")
+TIMES = ("fit_seconds", "eval_seconds", "wait_seconds")
+TELEMETRY = (*TIMES, "peak_memory_mb", "cpu_temp_c", "throttled", "load")
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)
+SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
+SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds")})
 FILES = {
     "model": "server.ptl",
     "best": "best.ptl",
     "history": "history.csv",
     "clients": "clients.csv",
-    "picture": "metrics.png",
+    "metrics": "metrics.png",
+    "confusion": "confusion.png",
+    "devices": "devices.png",
 }
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
 SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that saving does not slow them down
-DRAW_EVERY = 30  # seconds
+DRAW_EVERY = 30  # seconds, or twenty times as long as the last drawing took
+REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
+ALERT_EVERY = 3600  # seconds between two alerts for one device
 STALLED = 3600  # seconds without progress until the worker is given up, as on a network drive that hangs
 END = object()  # the end of the worker's queue
 
@@ -53,6 +64,32 @@ END = object()  # the end of the worker's queue
 def measured(row):
     """The figures of a row of history.csv without those that could not be measured, which are nan there."""
     return {name: value for name, value in row.items() if not math.isnan(value)}
+
+
+def as_curves(row, clients):
+    """What wandb gets of a finished round, {name: value}: its row of history.csv, and the figures of its clients.
+
+    Each figure has its flat name and one in a section; `clients` is num_clients, since clients/ is a section.
+    """
+    row = {"num_clients" if name == "clients" else name: value for name, value in measured(row).items()}
+    figures = {**row, **{SECTIONS[name]: value for name, value in row.items() if name in SECTIONS}}
+    for cid, told in clients.items():
+        figures.update({f"clients/{cid}/{name}": told[name] for name in told if name != "examples"})
+    return figures
+
+
+def numbers(rows, name):
+    """The figures under `name` that there are."""
+    return [row[name] for row in rows if not math.isnan(row[name])]
+
+
+def power_trouble(figures):
+    """What a Raspberry Pi's bits say of a round (client.sensors), as a phrase, or None."""
+    bits = figures.get("throttled", math.nan)
+    bits = 0 if math.isnan(bits) else int(bits)
+    if bits & 0b0001:
+        return "power supply too weak"
+    return "throttled for heat" if bits & 0b1100 else None
 
 
 class History:
@@ -78,25 +115,6 @@ class History:
         with atomic_write(self.path) as part:
             pd.DataFrame(self.rows, columns=COLUMNS).to_csv(part, index=False)
 
-    def draw(self, path, title):
-        """Draw loss and accuracy over rounds into the picture `path`."""
-        from matplotlib.figure import Figure  # half a second that nothing else needs
-
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
-        rounds = [row["round"] for row in self.rows]
-        style = ".-" if len(rounds) < 20 else "-"
-        for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-            for name in MEASURES:
-                if name.endswith(measure):
-                    values = [row[name] if abs(row[name]) < 1e30 else math.nan for row in self.rows]  # or no axis fits
-                    axes.plot(rounds, values, style, label=name)
-            axes.set(xlabel="round", ylabel=measure)
-            axes.grid(alpha=0.3)
-            axes.legend()
-        figure.suptitle(title)
-        with atomic_write(path) as part:
-            figure.savefig(part, format="png", dpi=110)
-
 
 class ClientHistory:
     """clients.csv: a row a round and cid, with what the client measured and told; empty where it told nothing."""
@@ -120,31 +138,42 @@ class ClientHistory:
         with atomic_write(self.path) as part:
             part.write_text("\n".join([",".join(CLIENT_COLUMNS), *self.lines, ""]), encoding="utf-8")
 
+    def by_cid(self):
+        """The rows of each cid, the cids in order: {cid: [row, …]}."""
+        rows = collections.defaultdict(list)
+        for row in self.rows:
+            rows[row["cid"]].append(row)
+        return {cid: rows[cid] for cid in sorted(rows, key=lambda cid: (len(cid), cid))}
+
     def summarise(self, num_rounds):
         """What the user is told of each client at the end of `num_rounds` rounds: a list of lines."""
         trained = [row for row in self.rows if not math.isnan(row["examples"])]  # the others only evaluated
-        slowest = {}  # round: its longest fit
+        longest = {}  # round: its longest fit
         for row in trained:
-            slowest[row["round"]] = max(row["fit_seconds"], slowest.get(row["round"], -1.0))
-        lines = []
-        for cid in sorted({row["cid"] for row in self.rows}, key=lambda cid: (len(cid), cid)):
-            rows = [row for row in trained if row["cid"] == cid]
+            longest[row["round"]] = max(row["fit_seconds"], longest.get(row["round"], -1.0))
+        lines, usual = [], {}
+        for cid, rows in self.by_cid().items():
+            rows = [row for row in rows if not math.isnan(row["examples"])]
             facts = [f"{len(rows)} of {num_rounds} rounds"]
-            fits = [row["fit_seconds"] for row in rows if not math.isnan(row["fit_seconds"])]
+            fits, evaluations, waits, heat = (numbers(rows, name) for name in (*TIMES, "cpu_temp_c"))
             if fits:
-                share = sum(row["fit_seconds"] == slowest[row["round"]] for row in rows) / len(rows)
-                facts.append(f"fit {statistics.median(fits):.1f} s (median), the slowest in {share:.0%}")
-            heat = [row["cpu_temp_c"] for row in rows if not math.isnan(row["cpu_temp_c"])]
+                usual[cid] = statistics.median(fits)
+                share = sum(row["fit_seconds"] == longest[row["round"]] for row in rows) / len(rows)
+                facts.append(f"fit {usual[cid]:.1f} s (median), the slowest in {share:.0%}")
+            for what, seconds in (("evaluate", evaluations), ("waiting", waits)):
+                if seconds:
+                    facts.append(f"{what} {statistics.median(seconds):.1f} s")
             if heat:
                 facts.append(f"{max(heat):.0f} °C at most")
-            bits = [0 if math.isnan(row["throttled"]) else int(row["throttled"]) for row in rows]
-            weak = sum(bool(value & 0b0001) for value in bits)
-            hot = sum(bool(value & 0b1100) and not value & 0b0001 for value in bits)
-            if weak:
-                facts.append(f"power supply too weak, {weak} of {len(rows)} rounds")
-            if hot:
-                facts.append(f"throttled for heat, {hot} of {len(rows)} rounds")
+            for trouble, count in collections.Counter(map(power_trouble, rows)).items():
+                if trouble is not None:
+                    facts.append(f"{trouble}, {count} of {len(rows)} rounds")
             lines.append(f"cid {cid}: {', '.join(facts)}")
+        if len(usual) > 1:
+            slowest = max(usual, key=usual.get)
+            others = statistics.median(usual[cid] for cid in usual if cid != slowest)
+            medians = f"fit {usual[slowest]:.1f} s, the others {others:.1f} s (medians)"
+            lines.append(f"slowest device: cid {slowest}, {medians}")
         return lines
 
     @staticmethod
@@ -243,8 +272,8 @@ class Record:
     """Keeps what each finished round leaves: a thread tests, saves, logs and draws it, while the devices train on.
 
     model: the net; a copy of it takes the arrays of each round, to test and save them.
-    save_ckp_path: where the newest global model goes; best.ptl, history.csv and metrics.png go beside it. What an
-        earlier run left there is moved aside when the first round is saved, unless this run goes on from it.
+    save_ckp_path: where the newest global model goes; the rest of FILES goes beside it. What an earlier run left there
+        is moved aside when the first round is saved, unless this run goes on from it.
     last_round: the last round that is finished already; history.csv is continued after it.
     source: the folder with the files of those rounds, where they are not those beside `save_ckp_path`.
     test_loaders: {"test": loader} to test each round's global model on (engines.server_test_fn), or None.
@@ -270,7 +299,8 @@ class Record:
         self.best, self.best_path = best_of(source, last_round, self.about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
         self.begun = False  # whether this run has saved anything
-        self.drawn_at = time.monotonic()
+        self.best_model, self.mistakes = None, None  # once the worker has ended: best.ptl, and its count_answers
+        self.draw_at = time.monotonic() + DRAW_EVERY
         self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
 
     def add(self, row: dict, arrays: list, clients: dict[str, dict]) -> None:
@@ -289,16 +319,27 @@ class Record:
         """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
         self.worker.close()
 
+    def models(self):
+        """The files of this run's models, {"best": path, "latest": path}, as far as they are there."""
+        files = {"best": self.folder / "best.ptl", "latest": self.path} if self.begun or self.goes_on else {}
+        return {name: path for name, path in files.items() if path.exists()}
+
     def show_end(self):
-        """Say what the clients were like and where the files of the run are, or that it left none."""
+        """Say what the clients and the best model were like, and where the files of the run are, or that it left none.
+
+        After `close`.
+        """
         if not self.begun and not self.goes_on:
             say(f"no round is finished, nothing is saved{' or moved' if earlier_run(self.folder) else ''}")
             return
         for line in self.clients.summarise(len(self.history.rows)):
             say(line)
-        for what, name in FILES.items():
-            if (self.folder / name).exists():
-                say(f"{what}: {self.folder / name}")
+        if self.best_model is not None:
+            current, accuracy = self.best_model["round"], self.best_model["metrics"]["test_accuracy"]
+            say(f"best round: {current} of {len(self.history.rows)}, test_accuracy {accuracy:.3f}")
+            say(f"its accuracy by class: {list_accuracies(self.mistakes, self.about.get('classes'))}")
+        beside = [name for name in FILES.values() if name != self.path.name and (self.folder / name).exists()]
+        say(f"model: {self.path}; beside it {', '.join(beside)}")
 
     def _test(self, finished):
         if self.test_loaders is not None:
@@ -325,14 +366,10 @@ class Record:
                 self._save_checkpoint("best.ptl", finished)
         for finished in tested:
             if self.log is not None:
-                figures = measured(finished.row)
-                step = figures.pop("round")
-                for cid, told in finished.clients.items():
-                    figures.update({f"clients/{cid}/{name}": told[name] for name in told if name != "examples"})
-                self.log(figures, step=step)
+                self.log(as_curves(finished.row, finished.clients), step=finished.row["round"])
             if self.on_row is not None:
                 self.on_row(finished.row)
-        if time.monotonic() - self.drawn_at > DRAW_EVERY:
+        if time.monotonic() > self.draw_at:
             self._draw()
 
     def _begin(self):
@@ -352,12 +389,25 @@ class Record:
         save_checkpoint(self.path.with_name(name), self.model, about)
 
     def _draw(self):
-        self.history.draw(self.path.with_name("metrics.png"), self.about.get("dataset") or "")
-        self.drawn_at = time.monotonic()
+        started, title = time.monotonic(), self.about.get("dataset") or ""
+        draw_metrics(self.history.rows, self.path.with_name("metrics.png"), title)
+        draw_devices(self.clients.by_cid(), self.path.with_name("devices.png"), title)
+        self.draw_at = time.monotonic() + max(DRAW_EVERY, 20 * (time.monotonic() - started))
 
     def _end(self):
         if self.history.rows and (self.begun or self.goes_on):
             self._draw()
+            path = self.folder / "best.ptl" if self.begun and self.best >= 0 else self.best_path
+            if self.test_loaders is not None and path is not None:
+                self._draw_confusion(path)
+
+    def _draw_confusion(self, best_path):
+        """Show the best model all test images once more, and draw which class it takes for which."""
+        self.best_model = torch.load(best_path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(self.best_model["model"])
+        self.mistakes = count_answers(self.test_loaders["test"], self.model)
+        title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
+        draw_confusion(self.mistakes, self.about.get("classes"), self.path.with_name("confusion.png"), title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,6 +547,128 @@ def move_aside(folder, names):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pictures, to be seen at 800 pixels' width.
+
+STYLES = {"fit": "C0-", "eval": "C1--", "global_eval": "C2-.", "test": "C3:"}
+
+
+def best_row(rows):
+    """The row of history.csv with the best test accuracy, or None where none was measured."""
+    tested = [row for row in rows if not math.isnan(row["test_accuracy"])]
+    return max(tested, key=lambda row: row["test_accuracy"], default=None)
+
+
+@contextlib.contextmanager
+def picture(path, width, height, title):
+    """A figure of matplotlib, of so many inches, to draw on; it becomes the PNG `path` when the block ends."""
+    from matplotlib.figure import Figure  # half a second that nothing else needs
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(plain(title))
+    yield figure
+    with warnings.catch_warnings(), atomic_write(path) as part:
+        warnings.simplefilter("ignore")  # of letters that its font lacks
+        figure.savefig(part, format="png", dpi=110)
+
+
+def plain(text, limit=120):
+    """A text as matplotlib has to be given it, to which a dollar begins a formula."""
+    return printable(text, limit).replace("$", r"\$")
+
+
+def draw_metrics(rows, path, title):
+    """Draw the `rows` of history.csv, [{"round", …}, …], into `path`: loss and accuracy, and where it was best."""
+    rounds, best = [row["round"] for row in rows], best_row(rows)
+    with picture(path, 11, 4.4, title) as figure:
+        for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+            for name, style in STYLES.items():
+                values = np.array([row[f"{name}_{measure}"] for row in rows], float)
+                values[~(np.abs(values) < 1e30)] = math.nan  # or no axis fits
+                there = np.concatenate([[False], np.isfinite(values), [False]])
+                alone = there[1:-1] & ~there[:-2] & ~there[2:]  # a number between two gaps, which no line shows
+                marked = alone | (len(rows) < 20)
+                axes.plot(rounds, values, style, marker=".", markevery=marked, label=f"{name}_{measure}")
+            if best is not None:
+                label = f"best: round {best['round']}, {best['test_accuracy']:.3f}" if measure == "accuracy" else None
+                axes.axvline(best["round"], color="0.6", linewidth=0.8, zorder=0)
+                axes.plot(best["round"], best[f"test_{measure}"], "k*", markersize=10, label=label)
+            axes.set(xlabel="round", ylabel=measure)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.grid(alpha=0.3)
+            axes.legend()
+
+
+def draw_devices(clients, path, title):
+    """Draw into `path` how long each device trained, evaluated and waited in each round.
+
+    `clients` are the rows of clients.csv, {cid: [row, …]}. A device that was slow has a bright line under fit, and
+    waits least; white is a round without it.
+    """
+    rounds = [row["round"] for rows in clients.values() for row in rows]
+    if not rounds:
+        return
+    first, last = min(rounds), max(rounds)
+    height, title = min(2.4 + 0.22 * len(clients), 9), f"{title}: seconds of each device in each round"
+    with picture(path, 11, height, title) as figure:
+        for axes, name, what in zip(figure.subplots(1, 3, sharey=True), TIMES, ("fit", "evaluate", "waiting")):
+            seconds = np.full((len(clients), last - first + 1), math.nan)
+            for line, rows in zip(seconds, clients.values()):
+                line[[row["round"] - first for row in rows]] = [row[name] for row in rows]
+            seconds = seconds.clip(0, 1e6)
+            known = [line[np.isfinite(line)] for line in seconds]
+            # By what is usual for the slowest, so that one long pause does not darken all the rest.
+            most = max([0.01] + [1.25 * np.median(line) for line in known if len(line)])
+            extent = (first - 0.5, last + 0.5, len(clients) - 0.5, -0.5)
+            image = axes.imshow(seconds, aspect="auto", interpolation="nearest", vmin=0, vmax=most, extent=extent)
+            figure.colorbar(image, ax=axes, location="bottom", extend="max", label="s")
+            axes.set(title=what, xlabel="round")
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            step = math.ceil(len(clients) / 30)
+            axes.set_yticks(range(0, len(clients), step), [f"cid {cid}" for cid in list(clients)[::step]])
+
+
+def draw_confusion(counts, classes, path, title):
+    """Draw `counts` (engines.count_answers) into `path`: a row a class, a column what its images were taken for."""
+    names = [plain(name, 20) for name in classes or range(len(counts))]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    right, all_images = np.trace(counts), max(counts.sum(), 1)
+    with picture(path, 8, 7, f"{title}: accuracy {right / all_images:.3f} on {all_images:,} test images") as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        figure.colorbar(image, ax=axes, label="share of the images of a class")
+        axes.set(xlabel="what the model says", ylabel="class, and how many of its images are found")
+        step = math.ceil(len(counts) / 40)
+        found = [
+            f"{name}  {'–' if math.isnan(share) else f'{share:.2f}'}" for name, share in zip(names, accuracies(counts))
+        ]
+        slope = 45 if len(counts) <= 20 else 90
+        axes.set_xticks(range(0, len(counts), step), names[::step], rotation=slope, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(0, len(counts), step), found[::step])
+        for (row, column), count in np.ndenumerate(counts if len(counts) <= 20 else np.zeros((0, 0))):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, count, color=colour, ha="center", va="center", fontsize="small")
+
+
+def accuracies(counts):
+    """The share of the images of each class that are found, a list; nan for a class of which there are none."""
+    return [row[index] / row.sum() if row.any() else math.nan for index, row in enumerate(counts)]
+
+
+def list_accuracies(counts, classes):
+    """The accuracy of each class, as text; of many classes that of the worst and the best alone."""
+    names = [printable(name, 20) for name in classes or range(len(counts))]
+    known = [(share, name) for share, name in zip(accuracies(counts), names) if not math.isnan(share)]
+    if len(known) > 12:
+        known.sort()
+        return f"worst {list_pairs(known[:5])}; best {list_pairs(known[-5:])}"
+    return list_pairs(known)
+
+
+def list_pairs(pairs):
+    return ", ".join(f"{name} {share:.2f}" for share, name in pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The curves, and what is seen of the rounds.
 
 
@@ -558,14 +730,16 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or else its crashes are reported to its makers
     os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say, we say
+    folder = os.environ.get("WANDB_DIR", str(ROOT))
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):  # or else tables and models go to the home too
+        os.environ.setdefault(name, str(Path(folder) / "wandb"))
     try:
-        import matplotlib  # noqa: F401 (for the picture; better missed now than at the end)
-        import wandb  # here, after that variable is set
+        import matplotlib  # noqa: F401 (for the pictures; better missed now than at the end)
+        import wandb  # here, after those variables are set
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install wandb matplotlib") from None
 
     mode, why = wandb_mode(wandb)
-    folder = os.environ.get("WANDB_DIR", str(ROOT))
     wandb_dir, last_round = wandb.Settings(root_dir=folder).wandb_dir, len(rows)
     options = {
         "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True),
@@ -585,7 +759,7 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
                 if not needed:
                     return None, None
                 run, held = wandb.init(mode=mode, **options), set()
-            return Curves(run, held), f"curves: {run.url}"
+            return Curves(run, held, online=True), f"curves: {run.url}"
         except Exception as error:
             why = printable(error)
             mode = "offline"
@@ -609,21 +783,56 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
 def how_to_sync(run):
     folder = Path(run.dir).parent
     option = "" if folder.name.startswith("offline-") else "--no-skip-online "
-    return f"wandb sync {option}{shlex.quote(str(folder))}"
+    command = Path(sys.executable).with_name("wandb")  # which is on no PATH, where the scripts run by .venv/bin/python
+    return f"{shlex.quote(str(command)) if command.exists() else 'wandb'} sync {option}{shlex.quote(str(folder))}"
+
+
+def describe_code() -> dict:
+    """{"git_commit": hash, "git_modified": whether the files differ from it}; {} where no git has this folder."""
+
+    def git(*args):
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if git("ls-files", Path(__file__).name):  # and not some other repository, in which this folder lies
+            modified = git("status", "--porcelain", "--untracked-files=no", ".")
+            return {"git_commit": git("rev-parse", "HEAD"), "git_modified": bool(modified)}
+    return {}
+
+
+def describe_data(folder: Path) -> dict:
+    """What dataset.json in `folder` says, for people: without the digests and the table of the split; {} without it."""
+    try:
+        facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in facts.items() if name not in ("shards", "test", "split")}
 
 
 class Curves:
-    """The run in Weights & Biases. Whatever happens to it, the training goes on."""
+    """The run in Weights & Biases. Whatever happens to it, the training goes on.
 
-    def __init__(self, run, held=()):
-        self.run, self.held, self.failed = run, held, False  # held: the steps that it has already
+    `held` are the steps that the run has already. What its server has to answer, the tables and the models, is sent
+    from a thread of its own, for which nobody waits longer than REPLY seconds.
+    """
+
+    def __init__(self, run, held=(), online=False):
+        self.run, self.held, self.online = run, held, online
+        self.failed = False
+        self.last_step = None  # the last that was logged here: the one that can still be added to
+        self.alerted = {}  # when the last alert for a device was sent
+        with contextlib.suppress(Exception):  # as in log
+            run.define_metric("*", step_metric="round")
+            for name in SECTIONS:  # drawn once, in its section; the flat name is for the table of runs and old charts
+                best = {"test_accuracy": "max", "test_loss": "min"}.get(name)
+                run.define_metric(name, step_metric="round", summary=best, hidden=True)
 
     def catch_up(self, rows):
         """Log the rows of history.csv that the run has not, as after a kill, when its last ones were not sent yet."""
         missing = [row for row in rows if row["round"] not in self.held]
         for row in missing:
-            figures = measured(row)
-            self.log(figures, step=figures.pop("round"))
+            self.log(as_curves(row, {}), step=row["round"])
         if missing:
             first, last = missing[0]["round"], missing[-1]["round"]
             say(f"curves: {len(missing)} of the rounds {first} to {last} were missing, and are sent from history.csv")
@@ -631,6 +840,7 @@ class Curves:
     def log(self, figures, step):
         try:
             self.run.log(figures, step=step)
+            self.last_step = step
         except Exception as error:  # its process has died; all figures are in history.csv
             if not self.failed:
                 say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
@@ -641,36 +851,123 @@ class Curves:
         with contextlib.suppress(Exception):  # as in log
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 
-    def finish(self):
+    def show_split(self, split, classes):
+        """Send the `split` (data.describe_dataset), where it is known, as a table beside the run's first round."""
+        if split is not None and not self.held:
+            table = {"columns": ["cid", *classes], "data": [[cid, *counts] for cid, counts in enumerate(split)]}
+            self._in_time(lambda wandb: self.run.log({"split": wandb.Table(**table)}, step=1))
+
+    def watch(self, current, missing, clients):
+        """Send alerts for the devices that a person has to look after, in or before the round `current`.
+
+        `missing` says for how long a device has been missing, {cid: "3 rounds"}; `clients` has the figures of those
+        that took part, {cid: {name: value}}.
+        """
+        troubles = {cid: power_trouble(figures) for cid, figures in clients.items()}
+        troubles.update({cid: f"missing for {how_long}" for cid, how_long in missing.items()})
+        now = time.monotonic()
+        for cid, trouble in troubles.items():
+            if trouble is not None and now - self.alerted.get(cid, -math.inf) >= ALERT_EVERY:
+                self.alerted[cid] = now
+                self.alert(f"cid {cid}: {trouble}", f"{self.run.name}, round {current}: cid {cid}: {trouble}")
+
+    def alert(self, title, text):
+        with contextlib.suppress(Exception):  # as in log
+            self.run.alert(title[:63], text, level="WARN", wait_duration=ALERT_EVERY)
+
+    def finish(self, models=None, mistakes=None, classes=None):
+        """End the run, with the best model's `mistakes` (engines.count_answers) and, online, the files of the `models`,
+        {"best": path, "latest": path}."""
+        if not self.failed:
+            self._in_time(lambda wandb: self._log_end(wandb, models or {}, mistakes, classes))
         try:
             self.run.finish()
         except Exception:  # its server is gone, or its process
             say(f"curves: not all are sent; send them later with: {how_to_sync(self.run)}")
 
+    def _in_time(self, act):
+        """Do `act(wandb)`, and wait for it, but not for ever: a server that is gone is asked for 20 s, say."""
 
-def complete(folder, rows, run_id, about):
-    """Do what a kill in the last round of all has prevented: put best.ptl right, and send the last rows to wandb."""
-    keep_best(folder / "best.ptl", best_of(folder, len(rows), about)[1])
+        def run():
+            import wandb
+
+            with contextlib.suppress(Exception):  # as in log
+                act(wandb)
+
+        thread = threading.Thread(target=run, name="curves", daemon=True)
+        thread.start()
+        thread.join(REPLY)
+
+    def _log_end(self, wandb, models, mistakes, classes):
+        if mistakes is not None and self.last_step is not None:
+            names = [str(name) for name in classes or range(len(mistakes))]
+            pairs = [[names[row], names[column], int(count)] for (row, column), count in np.ndenumerate(mistakes)]
+            columns = ["Actual", "Predicted", "nPredictions"]
+            table = wandb.Table(columns=columns, data=pairs)
+            matrix = wandb.plot_table("wandb/confusion_matrix/v1", table, dict(zip(columns, columns)))
+            found = [[name, share] for name, share in zip(names, accuracies(mistakes)) if not math.isnan(share)]
+            bars = wandb.plot.bar(wandb.Table(columns=["class", "accuracy"], data=found), "class", "accuracy")
+            self.run.log({"test/confusion": matrix, "test/class_accuracy": bars}, step=self.last_step)
+        if self.online:
+            self._log_models(wandb, models)
+
+    def _log_models(self, wandb, models):
+        """Send the best and the last model, once, as versions of one artifact; one where they are the same.
+
+        So a run that is killed has sent none; they lie in ckps/, and the end of the resumed run sends them.
+        """
+        abouts = {alias: torch.load(path, map_location="cpu", weights_only=True) for alias, path in models.items()}
+        if len({about["round"] for about in abouts.values()}) == 1:
+            models = dict(list(models.items())[:1])
+        for alias, path in models.items():  # each is given "latest" too, by wandb itself, and the last one keeps it
+            about = {"round": abouts[alias]["round"], "net": abouts[alias]["net"], **(abouts[alias]["metrics"] or {})}
+            artifact = wandb.Artifact(f"{self.run.name}-{self.run.id}", type="model", metadata=about)
+            artifact.add_file(str(path), name="model.ptl", policy="immutable", skip_cache=True)
+            self.run.log_artifact(artifact, aliases=[alias])
+
+
+def complete(record, run_id):
+    """Do what a kill in the last round of all has prevented: `record` is that of a run to which nothing is added.
+
+    Puts best.ptl right, draws the pictures, and sends the last rows to wandb.
+    """
+    try:
+        keep_best(record.folder / "best.ptl", record.best_path)
+        record.close()
+    except OSError as error:  # a copy on a medium that takes no more
+        say(f"cannot write to {record.folder}: {error.strerror}")
+    about, rows = record.about, record.history.rows
     curves, where = start_wandb(about["dataset"], run_id, about["args"], rows, needed=False)
     if curves is not None:
         say(where)
         curves.catch_up(rows)
-        curves.finish()
+        curves.finish(record.models(), record.mistakes, about["classes"])
 
 
 class Progress:
     """What the user sees of the rounds: one bar on a terminal, one line a round otherwise."""
 
     def __init__(self, num_rounds, last_round):
-        self.num_rounds = num_rounds
-        self.bar = tqdm(total=num_rounds, initial=last_round, unit="round", disable=not sys.stderr.isatty())
+        self.num_rounds, self.seconds = num_rounds, collections.deque(maxlen=9)  # the seconds of the last rounds
+        columns, rows = (
+            shutil.get_terminal_size()
+        )  # 80 and 24 on a terminal that does not know, where tqdm draws nothing
+        options = {"ncols": columns - 1, "nrows": rows, "bar_format": "round {n_fmt}/{total_fmt} {bar}"}
+        self.bar = tqdm(total=num_rounds, initial=last_round, disable=not sys.stderr.isatty(), **options)
 
     def show_row(self, row):
-        names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
         if not self.bar.disable:
-            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in names}, refresh=False)
+            self.seconds.append(row["round_seconds"])
+            usual = statistics.median(self.seconds)
+            figures = " ".join(f"{name} {row[f'{name}_accuracy']:.3f}" for name in ("fit", "eval", "test"))
+            to_go = tqdm.format_interval(usual * (self.num_rounds - row["round"]))
+            self.bar.ncols = shutil.get_terminal_size().columns - 1
+            self.bar.bar_format = (
+                f"round {{n_fmt}}/{{total_fmt}} {{bar}} {figures}, {usual:.1f} s a round, {to_go} to go"
+            )
             self.bar.update()
             return
+        names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
         figures = "  ".join(f"{name} {row[name]:.3f}" for name in names)
         counts = f"{row['clients']} clients, {row['failures']} failures, {row['round_seconds']:.1f} s"
         say(f"round {row['round']}/{self.num_rounds}  {figures}  ({counts})")

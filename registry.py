@@ -7,6 +7,7 @@ rounds, that one the rounds and no wire; Flower's engines, which have a wire of 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hmac
 import secrets
@@ -16,12 +17,13 @@ from collections.abc import Generator
 
 from libs import KEEPALIVE, keep_alive, np, printable, prove, say, tcp_sockets
 
-from flwr.common import Code, GetPropertiesIns, ReconnectIns
+from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
 from flwr.server import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
 from nets import same_trial
+from wire import WIRE, Sender, restore_all
 
 # Flower keeps one stream to each client, on which it answers one question at a time. Besides fit and evaluate the
 # questions are get_properties, whose dictionary says what is meant:
@@ -61,11 +63,16 @@ class TurnedAway(Exception):
 
 
 class RemoteClient(ClientProxy):
-    """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time."""
+    """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time.
 
-    def __init__(self, proxy, properties):
+    `sender` (wire.Sender) says how parameters cross to one that can do more than Flower's plain arrays.
+    """
+
+    def __init__(self, proxy, properties, sender=None):
         super().__init__(str(properties["cid"]))
         self.proxy, self.properties = proxy, properties
+        self.sender = sender if properties.get("wire") == WIRE else None
+        self.held = None  # the wire.Model that it has, as far as its last answer tells
         self.lock = threading.Lock()  # held while it has a question to answer
         self.gone = threading.Event()
 
@@ -74,7 +81,7 @@ class RemoteClient(ClientProxy):
         if not self.lock.acquire(timeout=timeout or -1):
             raise ClientFailure(self.cid, f"no answer within {timeout:g} s")
         try:
-            return getattr(self.proxy, method)(ins, timeout, group_id)
+            return self._exchange(method, ins, timeout, group_id)
         except MALFORMED as error:
             raise ClientFailure(self.cid, f"malformed answer: {printable(error)}") from error
         except GrpcBridgeClosed:
@@ -82,6 +89,18 @@ class RemoteClient(ClientProxy):
             raise ClientFailure(self.cid, f"no answer within {timeout:g} s" if late else LOST) from None
         finally:
             self.lock.release()
+
+    def _exchange(self, method, ins, timeout, group_id):
+        """Put the question, with its parameters and those of the answer as they cross the wire."""
+        ask = getattr(self.proxy, method)
+        if self.sender is None or method not in ("fit", "evaluate"):
+            return ask(ins, timeout, group_id)
+        model, held, self.held = self.sender.model_of(ins.parameters), self.held, None
+        res = ask(dataclasses.replace(ins, parameters=self.sender.pack(model, held)), timeout, group_id)
+        self.held = model
+        if method == "fit":
+            res.parameters = Parameters(restore_all(res.parameters.tensors, model.tensors), "numpy.ndarray")
+        return res
 
     get_properties = functools.partialmethod(_ask, "get_properties")
     get_parameters = functools.partialmethod(_ask, "get_parameters")
@@ -239,13 +258,26 @@ def in_use(client, other):
     return TurnedAway(reason, client.cid)
 
 
+def describe(properties):
+    """What a client says it is, for people: ": its board, its images"."""
+    board = printable(properties.get("board", "unknown board"), 40)
+    return f": {board}, {properties['num_fit']} fit + {properties['num_eval']} eval images"
+
+
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
     def __init__(
-        self, num_clients: int, task: dict, secret: bytes | None = None, port: int | None = None, on_join=None
+        self,
+        num_clients: int,
+        task: dict,
+        secret: bytes | None = None,
+        port: int | None = None,
+        on_join=None,
+        sender: Sender | None = None,
     ):
         super().__init__()
+        self.sender = sender or Sender()
         self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
         self.on_join = on_join  # called with the cid and the properties of each client that is admitted
         self.connections = set()  # Flower's ids of the open ones, admitted or not
@@ -284,7 +316,8 @@ class Registry(SimpleClientManager):
     def _look_after(self, proxy):
         """Have the handshake with a new connection; then keep the silence on it short, for as long as it lasts."""
         try:
-            client = RemoteClient(proxy, ask_all(proxy, handshake(self.num_clients, self.task, self.secret)))
+            properties = ask_all(proxy, handshake(self.num_clients, self.task, self.secret))
+            client = RemoteClient(proxy, properties, self.sender)
             admitted = self._admit(client)
         except GrpcBridgeClosed:
             proxy.bridge.close()
@@ -318,7 +351,8 @@ class Registry(SimpleClientManager):
                     break
             if other.is_alive():
                 raise in_use(client, other)
-        say(f"cid {client.cid} {'is back' if before else 'joined'} ({len(self.clients)} of {self.num_clients} clients)")
+        count = f"({len(self.clients)} of {self.num_clients} clients)"
+        say(f"cid {client.cid} {'is back' if before else 'joined'} {count}{describe(client.properties)}")
         if self.on_join is not None:
             self.on_join(client.cid, client.properties)
         return True

@@ -4,25 +4,29 @@
     python server.py --server_address 0.0.0.0 --dataset CIFAR10 --num_clients 10 --num_rounds 100 --resume
 
 Waits for the clients, has all of them train at the same time in every round, averages what they send and tests the
-result. Leaves server.ptl, best.ptl, history.csv, clients.csv and metrics.png in ckps/<dataset>/, and the curves in
-Weights & Biases.
+result. Leaves server.ptl, best.ptl, history.csv, clients.csv, metrics.png, confusion.png and devices.png in
+ckps/<dataset>/, and the curves in Weights & Biases.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
 import inspect
 import ipaddress
+import math
 import os
 import queue
 import re
 import secrets
+import shlex
 import signal
 import socket
 import ssl
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -56,11 +60,13 @@ from flwr.server.compat.app import start_grid
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
-from nets import batch_norm_names, build_net, find_net, fingerprint, normalise_input, trial
-from record import Curves, Progress, Record, complete, find_run, resume, start_wandb
+from nets import batch_norm_names, build_net, count_parameters, find_net, fingerprint, learned, normalise_input, trial
+from record import Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
+from wire import COMPRESS, Sender
 
+LEAST_PATIENCE = 60  # seconds that a client may be away at least, until its absence is told
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
@@ -89,6 +95,12 @@ def parse_args(settings=None, description=__doc__):
         help="how n results become one model: FedAvg takes their mean, weighted by images; the others withstand liars: "
         "FedMedian takes the median, FedTrimmedAvg the mean without n/5 values at each end (from n = 3 on at least 1), "
         "Krum the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+    )
+    parser.add_argument(
+        "--compress",
+        choices=COMPRESS,
+        default=COMPRESS[0],
+        help="send parameters in half of the bytes (fp16) or a quarter (int8: as differences), for a slow network",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
@@ -183,7 +195,7 @@ def new_model(args, info):
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
-    normalise_input(model, info.get("mean"), info.get("std"))
+    normalise_input(model, info["mean"], info["std"])
     if args.fedbn and not batch_norm_names(model):
         raise UserError(f"--fedbn has nothing to keep on the devices: {args.net} has no batch norm")
     return model
@@ -219,20 +231,54 @@ def describe_failure(current, reasons):
     return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
 
 
+class Absences:
+    """Tells of the clients `cids` that are missing: for three rounds, or while a round waits for as long as three take.
+
+    `tell` is called as record.Curves.watch is.
+    """
+
+    def __init__(self, cids, tell=lambda current, missing, clients: None):
+        self.cids, self.tell = set(cids), tell
+        self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
+        self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took
+        self.marked = None
+
+    def mark(self):
+        """Note the time: a round begins to wait for clients, or to train."""
+        self.marked = time.monotonic()
+
+    def wait(self, current, there):
+        """A round waits; `there` are the cids that are connected. (Before the first round, people are about.)"""
+        patience = max(LEAST_PATIENCE, 3 * statistics.median(self.seconds)) if self.seconds else math.inf
+        if time.monotonic() - self.marked > patience:
+            self.tell(current, {cid: f"{patience:.0f} s" for cid in self.cids if cid not in there}, {})
+
+    def finish(self, current, spared, clients):
+        """A round is finished, with the figures of `clients`, by cid; the cids `spared` had not been asked to train."""
+        self.seconds.append(time.monotonic() - self.marked)
+        absent = self.cids - set(spared) - set(clients)
+        self.rounds = collections.Counter({cid: self.rounds[cid] + 1 for cid in absent})
+        self.tell(current, {cid: f"{count} rounds" for cid, count in self.rounds.items() if count >= 3}, clients)
+
+
 class Server(flwr.server.Server):
     """Flower's server with a loop that waits for the right clients, can be stopped, and goes on from any round.
 
     A round is counted only if somebody trained in it.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, target=(None, 1)):
+    def __init__(
+        self, registry, strategy, min_clients=1, first_round=1, auto_timeout=False, target=(None, 1), absences=None
+    ):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients, self.first_round = registry, min_clients, first_round
         self.auto_timeout = auto_timeout
         self.target_accuracy, self.first_that_counts = target
+        self.absences = absences or Absences(())
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.trained = False  # whether any round has succeeded
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
+        self.error = None  # what else ended it early
 
     def stop(self, signum):
         """Note a signal (libs.on_signal). Ctrl-C a second time, a second later or more, ends the process at once."""
@@ -247,18 +293,24 @@ class Server(flwr.server.Server):
             raise Stopped
         self.strategy.check()
 
+    def check_waiting(self, current):
+        """`check` while the round `current` waits for clients."""
+        self.check()
+        self.absences.wait(current, self.registry.clients)
+
     def fit(self, num_rounds, timeout):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
-        if hasattr(
-            on_signal, "writer"
-        ):  # signals are ours, but Flower's start_server has just put its own handlers there
+        if hasattr(on_signal, "writer"):  # we watch signals; Flower's start_server has just put its own handlers there
             mute_handlers()
         started, delay, current = time.monotonic(), 1, self.first_round
         failed = []  # for which lasting reasons the current round failed, a set a try
         self.parameters = self.strategy.initialize_parameters(self.registry)
         while current <= num_rounds:
-            self.registry.wait_for_round(self.min_clients, self.check)
+            self.absences.mark()
+            self.registry.wait_for_round(self.min_clients, lambda current=current: self.check_waiting(current))
+            self.absences.mark()
             instructions = self.strategy.configure_fit(current, self.parameters, self.registry)
+            spared = set(self.registry.clients) - {client.cid for client, _ in instructions}
             results, failures = self.ask("fit", instructions, timeout, current)
             parameters, _ = self.strategy.aggregate_fit(current, results, failures)
             if parameters is None:
@@ -274,6 +326,7 @@ class Server(flwr.server.Server):
             instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
             results, failures = self.ask("evaluate", instructions, timeout, current)
             self.strategy.aggregate_evaluate(current, results, failures)
+            self.absences.finish(current, spared, self.strategy.clients)
             if self.reached_target(current):
                 self.strategy.close()
                 say(describe_target(self.target_accuracy, current))
@@ -374,11 +427,85 @@ def check_address(host, port):
         raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
+def is_unspecified(host):
+    """Whether `host` stands for all addresses of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
 def is_loopback(host):
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def own_addresses():
+    """The addresses by which others may reach this machine, the one of its way out first; IPv6 where it has no IPv4."""
+    found = {socket.AF_INET: [], socket.AF_INET6: []}
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # nobody's, for documents
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))  # of UDP: asks the routes, and sends nothing
+            found[family].append(sock.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found[socket.AF_INET] += socket.gethostbyname_ex(socket.gethostname())[2]
+    for _, name in socket.if_nameindex() if sys.platform == "linux" else []:
+        import fcntl
+
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            answer = fcntl.ioctl(sock, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+            found[socket.AF_INET].append(socket.inet_ntoa(answer[20:24]))
+    addresses = found[socket.AF_INET] if any(map(is_far, found[socket.AF_INET])) else found[socket.AF_INET6]
+    return list(dict.fromkeys(filter(is_far, addresses)))
+
+
+def is_far(address):
+    ip = ipaddress.ip_address(address)
+    return not (ip.is_loopback or ip.is_unspecified or (ip.version == 6 and ip.is_link_local))
+
+
+def names_in_certificate(folder):
+    """The names and addresses to which the certificate in `folder` is made out; [] where that cannot be told."""
+    try:
+        found = ssl._ssl._test_decode_cert(str(folder / "server.pem"))  # Python reads one's own in no other way
+        return [name for _, name in found["subjectAltName"]]
+    except Exception:
+        return []
+
+
+def describe_client_command(args):
+    """What starts a client, in one line, with an address of this machine: to be copied to the devices."""
+    host, others = args.server_address, []
+    if is_unspecified(host):
+        addresses = own_addresses() or ["LAPTOP_IP"]
+        named = names_in_certificate(args.certificates) if args.certificates else []
+        addresses = [address for address in addresses if address in named] or named or addresses
+        host, *others = addresses
+    words = ["--server_address", host]
+    if args.server_port != 8080:
+        words += ["--server_port", str(args.server_port)]
+    words += ["--dataset", args.dataset]
+    if args.secret_file is not None:
+        words += ["--secret_file", str(args.secret_file)]
+    if args.certificates is not None:
+        words += ["--root_certificate", str(args.certificates / "ca.pem")]
+    where, cid = "on the device", "0"
+    if args.num_clients > 1:
+        where, cid = f"on each device, with its number, 0 to {args.num_clients - 1}, for N", "N"
+    where += f" (this machine is also {', '.join(others)})" if others else ""
+    return f"{where}: .venv/bin/python client.py {shlex.join(words)} --cid {cid}"
+
+
+def describe_task(args, info, facts, model):
+    """What is trained on what, in one line; `facts` is what dataset.json says, {} where there is none."""
+    about = f"{args.dataset}: {len(info['classes'])} classes"
+    if "partition" in facts:
+        how = facts["partition"] if facts.get("alpha") is None else f"{facts['partition']}, alpha {facts['alpha']}"
+        about += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({how})"
+        about += f", {facts['num_test']:,} for the test"
+    return f"{about}; {args.net}: {count_parameters(model):,} parameters"
 
 
 def read_certificates(folder):
@@ -425,6 +552,7 @@ def main():
 
     on_signal(run.server.stop)
     say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients, on {address}")
+    say(describe_client_command(args))
     code = train(run, start_server, server_address=address, certificates=certificates)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -455,6 +583,10 @@ def prepare(args, root, new_registry, in_app=False):
     test, info = load_test(root / "datasets" / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
     num_fit, model = count_fits(args), new_model(args, info)
+    if args.target_accuracy is not None and args.num_rounds < LASTING:
+        raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
+    if args.compress != "off" and not any(learned(model)):
+        raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
     folder = root / "ckps" / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -464,25 +596,32 @@ def prepare(args, root, new_registry, in_app=False):
     last_round = len(rows)
     if args.fedbn:
         about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
-    if last_round >= args.num_rounds:
-        checkpoint = source / "server.ptl"
-        say(f"{checkpoint} has finished round {last_round} already; --num_rounds {args.num_rounds} adds none")
-        complete(source, rows, run_id, about)
-        return None
     first_that_counts = last_round + 1 if args.allow_new_data else 1  # of those tested on the test set that is there
-    if has_reached(args.target_accuracy, rows, last_round, first_that_counts):
-        say(f"{source / 'server.ptl'}: {describe_target(args.target_accuracy, last_round)} already")
-        complete(source, rows, run_id, about)
+    over = None
+    if last_round >= args.num_rounds:
+        over = f"has finished round {last_round} already; --num_rounds {args.num_rounds} adds none"
+    elif has_reached(args.target_accuracy, rows, last_round, first_that_counts):
+        over = f"says that {describe_target(args.target_accuracy, last_round)} already"
+    if over:
+        checkpoint = source / "server.ptl"
+        say(f"{checkpoint} {over}")
+        record = Record(model, checkpoint, last_round, test_loaders={"test": test}, about=about)
+        complete(record, run_id)
+        record.show_end()
         return None
 
     # The parts, from the last to the first.
-    curves, where = start_wandb(args.dataset, run_id, settings, rows)
+    facts = describe_data(root / "datasets" / args.dataset)
+    config = {**settings, "data": facts, **describe_code()}
+    curves, where = start_wandb(args.dataset, run_id, config, rows)
+    say(describe_task(args, info, facts, model))
     say(where)
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     if args.augment:
-        how = "shifted, and mirrored every other time" if info["channels"] == 3 else "shifted"
+        how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")
+    curves.show_split(info.get("split"), info["classes"])
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(
@@ -526,10 +665,12 @@ def prepare(args, root, new_registry, in_app=False):
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
-    registry = new_registry(args.num_clients, task, on_join=describe_client)
+    sender = Sender(args.compress, learned(model))
+    registry = new_registry(args.num_clients, task, on_join=describe_client, sender=sender)
     auto_timeout = args.round_timeout == "auto"
     target = args.target_accuracy, first_that_counts
-    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, target)
+    absences = Absences(map(str, range(args.num_clients)), curves.watch)
+    server = Server(registry, strategy, args.min_clients, last_round + 1, auto_timeout, target, absences)
     config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto_timeout else args.round_timeout)
     return Run(server, config, record, progress, curves, lock)
 
@@ -539,7 +680,12 @@ def train(run, start, **kwargs):
     code = run_rounds(run.server, start, config=run.config, **kwargs)
     code = end_rounds(run.server, code)
     run.progress.close()
-    run.curves.finish()
+    about, server = run.record.about, run.server
+    if code:
+        why = server.error or (server.signum and signal.Signals(server.signum).name) or f"exit code {code}"
+        rounds = len(run.record.history.rows)
+        run.curves.alert("the run ended early", f"{about['dataset']}, after round {rounds}: {printable(why)}")
+    run.curves.finish(run.record.models(), run.record.mistakes, about["classes"])
     run.record.show_end()
     return code
 
@@ -556,6 +702,7 @@ def run_rounds(server, start, **kwargs):
             return 1
         return end.code or 128 + signal.SIGTERM
     except BaseException as error:
+        server.error = error
         return fail(error)
     return 0
 
@@ -566,6 +713,7 @@ def end_rounds(server, code):
     try:
         server.strategy.close()
     except BaseException as error:
+        server.error = server.error or error
         code = code or fail(error)
     return 128 + server.signum if server.signum is not None else code
 

@@ -12,6 +12,7 @@ is better: the median, least and greatest of alternating pairs.
 import argparse
 import contextlib
 import json
+import shutil
 import socket
 import statistics
 import subprocess
@@ -21,8 +22,9 @@ import time
 
 import psutil
 import report
+import wifi
 from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, write_json
-from helpers import free_port, lines
+from helpers import free_port, lines, wait_until
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
 BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
@@ -35,6 +37,15 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 print("imported", flush=True), input()"""  # what client.py imports of others
 POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
+# For the benches "wifi" and "wire": {way: (server's arguments, most of the waiting and of the bytes of `before`)}.
+BEFORE = "whole models as plain arrays"  # as it was before wire.py
+WAYS = {
+    BEFORE: ([], None, None),
+    "off": ([], 0.7, 505_000),
+    "fp16": (["--compress", "fp16"], 0.36, 255_000),
+    "int8": (["--compress", "int8"], 0.2, 135_000),
+}
+WIFI_CLIENTS, SHELF = (4, 10), 20  # and into how many shards the shapes are cut
 
 
 def ask(server, rounds):
@@ -98,10 +109,11 @@ class Bench:
 
     def epoch(self):
         seconds = self.suite.measure("epochs", self.dataset, self.pairs, timeout=300)
+        self.notes["step_profile"] = self.suite.measure("step_profile", self.dataset)
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
-            self.row(epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 1.05),
+            self.row(epoch, "s", seconds["ours_epoch"], seconds["bare"], "bare loop", 0.8),
             self.row(epoch, "s", seconds["ours_epoch"], seconds["tutorial_epoch"], tutorial, 1 / 1.7),
             self.row(whole, "s", seconds["ours_fit"], seconds["tutorial_fit"], tutorial, 1 / 1.7),
         ]
@@ -162,11 +174,12 @@ class Bench:
             for work in works if turn % 2 else reversed(works):
                 work()
         server.kill()
+        self.notes["client_memory"] = suite.measure("client_memory", self.dataset)
         empty = "empty process with torch and flwr"
         return [
             self.row("client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
             self.row("client: start to first fit", "s", samples["first_fit"], samples["bare_fit"], "bare loop"),
-            self.row("client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.25),
+            self.row("client: peak memory", "MiB", samples["client_mib"], samples["empty_mib"], empty, 1.15),
             self.row("server and wandb: peak memory", "MiB", samples["server_mib"], samples["empty_mib"], empty),
         ]
 
@@ -264,45 +277,94 @@ class Bench:
             rows.append(self.row(name, "MiB", mib["ours"], mib["flower"], "Flower's FedAvg", 1.05))
         return rows
 
-    def wire(self):
-        """Bytes a round between a client and its server, counted by a proxy: TCP payload, with the handshake's."""
-        suite, sent = self.suite, {"to the client": 0, "to the server": 0}
-        shapes = ["--dataset", "Shapes10", "--num_clients"]
-        suite.partition(*shapes, 100)
-        server = suite.server(*shapes, 1, "--num_rounds", WIRE_ROUNDS)
-        server.wait_for("round 1 to")
+    def draw_shelf(self):
+        """Shards of 500 images, so that clients do not train for long."""
+        self.suite.partition("--dataset", "Shapes10", "--num_clients", SHELF)
+        return ["--dataset", "Shapes10", "--num_clients"]
 
-        def carry(source, target, name):
+    def wire(self):
+        """Bytes that each further round takes between a client and its server, counted by a proxy: TCP payload."""
+        suite, shapes, counts = self.suite, self.draw_shelf(), {}
+
+        def carry(source, target, sent, name):
             with contextlib.suppress(OSError):  # one side is gone
                 while data := source.recv(1 << 16):
                     sent[name] += len(data)
                     target.sendall(data)
                 target.shutdown(socket.SHUT_WR)
 
-        def accept(listener):
+        def accept(listener, sent):
             while True:
                 near, _ = listener.accept()
                 far = socket.create_connection(("127.0.0.1", suite.port))
-                for source, target, name in ((near, far, "to the server"), (far, near, "to the client")):
-                    threading.Thread(target=carry, args=(source, target, name), daemon=True).start()
+                for source, target, name in ((near, far, "up"), (far, near, "down")):
+                    threading.Thread(target=carry, args=(source, target, sent, name), daemon=True).start()
 
-        listener = socket.create_server(("127.0.0.1", 0))
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        client = suite.client(0, *shapes[:2], "--server_port", listener.getsockname()[1])
-        server.wait(120)
-        client.wait(30)
+        def count(way, arguments, num_rounds):
+            server = suite.server(*shapes, 1, "--num_rounds", num_rounds, *arguments)
+            server.wait_for("round 1 to")
+            sent = {"down": 0, "up": 0}
+            listener = socket.create_server(("127.0.0.1", 0))
+            threading.Thread(target=accept, args=(listener, sent), daemon=True).start()
+            script = ["workers.py", "plain_client"] if way == BEFORE else ["client.py"]
+            own = ["--cid", 0, "--num_threads", 1, "--server_port", listener.getsockname()[1]]
+            client = suite.start(*script, *shapes[:2], *own)
+            server.wait(120)
+            client.wait(30)
+            return sent
+
+        for way, (arguments, _, _) in WAYS.items():
+            few, many = (count(way, arguments, number) for number in (5, 5 + WIRE_ROUNDS))
+            counts[way] = {name: (many[name] - few[name]) / WIRE_ROUNDS for name in many}
+            print(f"wire: {way}: a round and client {counts[way]}")
         size = suite.measure("parameter_bytes")["bytes"]
-        # Down go the parameters twice a round, to fit and to evaluate; up they go once.
-        down, up = (sent[name] / WIRE_ROUNDS for name in ("to the client", "to the server"))
-        self.notes["wire"] = {"parameters": size, "down_per_round": down, "up_per_round": up, "rounds": WIRE_ROUNDS}
-        print(
-            f"wire: parameters {size:,} bytes; a round and client {down:,.0f} bytes down ({down / size:.3f} times), "
-            f"{up:,.0f} up ({up / size:.3f} times)"
-        )
+        goals = {way: most for way, (_, _, most) in WAYS.items()}
+        self.notes["wire"] = {"parameters": size, "rounds": WIRE_ROUNDS, "ways": counts, "goals": goals}
         return []
 
+    def wifi(self):
+        """Rounds of a shelf on one Wi-Fi: what they take longer with a bucket on the server's link than without."""
+        if (reason := wifi.why_not()) is not None:
+            print(f"wifi: SKIPPED, for {reason}")
+            return []
+        shapes, rows = self.draw_shelf(), []
+        for count in WIFI_CLIENTS:
+            waited, whole, free = {}, {}, {}
+            for way, (arguments, _, _) in WAYS.items():
+                with wifi.Wifi(count) as shelf:
+                    whole[way], free[way] = self.shelf_rounds(shelf, way, *shapes, count, *arguments)
+                waited[way] = [slow - quick for slow, quick in zip(whole[way], free[way], strict=True)]
+            name = f"round with {count} clients on {wifi.RATE[:-4]} Mbit/s"
+            for way, (_, goal, _) in WAYS.items():
+                if way != BEFORE:
+                    rows.append(self.row(f"{name}, {way}: waiting", "s", waited[way], waited[BEFORE], BEFORE, goal))
+                    rows.append(self.row(f"{name}, {way}", "s", whole[way], free[way], "without a limit"))
+        return rows
 
-BENCHES = ["epoch", "adam", "start", "rounds", "whole", "images", "memory", "wire"]
+    def shelf_rounds(self, shelf, way, *arguments):
+        """The seconds of as many rounds with the bucket as there are pairs, and then of as many without it.
+
+        Between them lie the rounds, under way or waiting to be saved, in which the bucket is taken off.
+        """
+        suite, count, dataset = self.suite, self.pairs, arguments[1]
+        shelf.limit()
+        about = ["--num_rounds", 2 * count + 4, "--server_address", shelf.address, "--server_port", suite.port]
+        within = ["import os, sys; os.execvp('ip', ['ip', 'netns', 'exec', *sys.argv[1:]])"]
+        server = suite.start("-c", *within, shelf.server, sys.executable, suite.root / "server.py", *arguments, *about)
+        server.wait_for("round 1 to")
+        own = ["--dataset", dataset, *about[2:], "--num_threads", 1]
+        for cid, name in enumerate(shelf.clients):
+            script = [HERE / "workers.py", "plain_client"] if way == BEFORE else [suite.root / "client.py"]
+            suite.start("-c", *within, name, sys.executable, *script, *own, "--cid", cid)
+        wait_until("rounds", lambda: len(suite.history(dataset)) > count, timeout=180)  # the first warms up
+        shelf.unlimit()
+        server.wait(120)
+        seconds = [row["round_seconds"] for row in suite.history(dataset)]
+        shutil.rmtree(suite.ckps(dataset))
+        return seconds[1 : count + 1], seconds[-count:]
+
+
+BENCHES = ["epoch", "adam", "start", "rounds", "whole", "wifi", "images", "memory", "wire"]
 
 
 def print_table(rows):
@@ -340,7 +402,7 @@ def main():
     about, rows, started = about_this_run(), [], time.monotonic()
     with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)
-        if set(args.benches or BENCHES) - {"adam", "memory", "rounds", "wire"}:
+        if set(args.benches or BENCHES) - {"adam", "memory", "rounds", "wifi", "wire"}:
             bench.prepare()
         for name in args.benches or BENCHES:
             begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Write what was measured into README.md and benchmarks/README.md, between their markers, and draw results.png.
+"""Write what was measured into README.md and benchmarks/README.md, between their markers; draw both pictures.
 
     python benchmarks/report.py
 
@@ -8,6 +8,8 @@ figure in the two is typed by hand. bench.py and soak.py call it when they have 
 
 import json
 import re
+import statistics
+import sys
 
 import pandas as pd
 from common import HERE
@@ -16,11 +18,13 @@ from helpers import ROOT
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
+METHODS = ["FedAvg", "FedProx, mu 0.01", "FedProx, mu 0.1", "FedBN", "FedMedian", "LeNet5 with group norm", "GroupNet"]
+ALPHAS = (0.1, 0.5)
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
 NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
     ("epoch of", "bare loop"),
     ("whole round", "slowest fit + slowest evaluate"),
-    ("round with 10 idle clients", "Flower"),
+    ("round with 10 clients on 20 Mbit/s, fp16: waiting", "whole models"),
     ("client: peak memory", "empty process"),
 )
 
@@ -70,6 +74,16 @@ def figure_in_short():
         f"{history['test_accuracy'].iloc[-1]:.3f} and was at its best in round {best}, with "
         f"{history['test_accuracy'][best]:.3f} ([how it was made](benchmarks/README.md#the-figure))."
     )
+
+
+def draw_figure(path):
+    """The curves of figure.csv, as server.py draws them."""
+    sys.path.append(str(ROOT))
+    from record import draw_metrics
+
+    history, _ = read_figure()
+    draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, "CIFAR10")
+    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,13 +178,80 @@ def bench():
         f"{ratio('partition.py, ', 'np.save')} times as long as saving alone, for the archive has to be decompressed "
         f"and read, which by itself takes {(reading_too - saving) / saving:.2f} times as long; it takes "
         f"{ratio('partition.py, ', 'reading')} times reading and saving.\n\n"
-        f"On the wire: the parameters are {wire['parameters']:,} bytes; a client gets {wire['down_per_round']:,.0f} a "
-        f"round (the model to train, and the averaged one to evaluate) and sends {wire['up_per_round']:,.0f}.\n\n"
+        f"{wire_in_bytes(wire)}\n\n"
+        f"{step_profile(about['step_profile'])}\n\n"
+        f"{client_memory(about['client_memory'])}\n\n"
         "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
         "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
         "work): it starts a new process for each message.\n\n"
         "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
         "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
+    )
+
+
+def wire_in_bytes(wire):
+    rows = []
+    for way, sent in wire["ways"].items():
+        both, goal = sent["down"] + sent["up"], wire["goals"][way]
+        shown = "" if goal is None else f"≤ {goal:,}" + " (missed)" * (both > goal)
+        rows.append([way, *(f"{number:,.0f}" for number in (sent["down"], sent["up"], both)), shown])
+    return (
+        f"On the wire: the parameters are {wire['parameters']:,} bytes. Bytes of TCP that a client gets and sends in "
+        f"each of {wire['rounds']} rounds after the first ones, in which a whole model comes:\n\n"
+        f"{table(['--compress', 'down', 'up', 'both', 'goal'], rows)}\n\n"
+        "On the shelf the waiting falls less than the bytes, for there is a bucket each way: what no longer goes down "
+        "before a fit went down beside the first answers, which go up."
+    )
+
+
+def step_profile(shares):
+    greatest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:9])
+    return (
+        f"Where a step's time goes (torch.profiler, of an epoch): {greatest}. The convolutions are oneDNN's, and take "
+        "as long in the bare loop."
+    )
+
+
+def client_memory(about):
+    rows, before = [], {"anon": 0.0, "file": 0.0}
+    for stage, now in about["stages"].items():
+        rows.append([stage, *(f"{now[kind]:.0f} ({now[kind] - before[kind]:+.0f})" for kind in before)])
+        before = now
+    return (
+        f"Where a client's memory is, in MiB, {about['shard']:.0f} of them the shard's images:\n\n"
+        f"{table(['after', 'its own', 'pages of files'], rows)}\n\n"
+        "Pages of files are the code of torch's and oneDNN's kernels that a training touches: the system takes them "
+        "back when memory is short, but a peak has them in it, and with the shard they alone are more than a goal of "
+        "1.15 leaves. The rest are activations and what malloc keeps of them: told to give it back at once "
+        "(MALLOC_TRIM_THRESHOLD_), a client takes 20 MiB less, and more than twice the time."
+    )
+
+
+def compress():
+    runs = read("compress.json")["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    finals = {}
+    for run in runs:
+        finals.setdefault(run["compress"], {})[run["seed"]] = run["rounds"][-1]["test_accuracy"]
+    rows = []
+    for way, by_seed in finals.items():
+        values = list(by_seed.values())
+        differences = [value - finals["off"][seed] for seed, value in by_seed.items()]
+        against = "" if way == "off" else f"{statistics.mean(differences):+.4f}"
+        each = [f"{by_seed[seed]:.4f}" if seed in by_seed else "–" for seed in seeds]
+        rows.append([way, *each, f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
+    off = finals["off"].values()
+    within = all(min(off) <= statistics.mean(by_seed.values()) <= max(off) for by_seed in finals.values())
+    verdict = f"Their means are {'within' if within else 'outside'} what the seeds of off spread over."
+    count = len(runs[0]["rounds"])
+    header = ["--compress", *(f"seed {seed}" for seed in seeds), "mean, least, greatest", "mean difference to off"]
+    return (
+        f"Test accuracy after {count} rounds on all of CIFAR-10, ten clients of 4,000 fit images each, n = "
+        f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
+        f"{table(header, rows)}\n\n"
+        "fp16 rounds each parameter to 11 bits, both ways; the server's mean stays float32. int8 sends, of each array, "
+        "the change since the model before in 255 steps; what a step was too coarse for stays on the device, or in the "
+        f"server's model, and goes with the next change. {verdict}"
     )
 
 
@@ -216,11 +297,149 @@ def draw(path, about):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Nets, and methods against skew.
+
+
+def read_curves():
+    """{net: {round: test accuracy}}: the simulated ones of frontier.json, and LeNet5's of the figure."""
+    history, _ = read_figure()
+    curves = {"LeNet5 (the figure above)": history["test_accuracy"].to_dict()}
+    for name, curve in read("frontier.json")["curves"].items():
+        curves[name] = {int(current): accuracy for current, accuracy in curve.items()}
+    return curves
+
+
+def frontier():
+    about, curves = read("frontier.json"), read_curves()
+    shown_rounds, rows = (10, 20, 50, 100), []
+    for name, curve in curves.items():
+        step = about["steps"][name.partition(" (")[0]]
+        cells = [f"{curve[current]:.3f}" if current in curve else "–" for current in shown_rounds]
+        rows.append([name, f"{step['parameters']:,}", f"{step['ratio']:.2f}", *cells])
+    header = ["net", "parameters", "step over LeNet5's", *(f"round {current}" for current in shown_rounds)]
+    return (
+        "Test accuracy on all of CIFAR-10 with 10 clients, IID, in the settings of the figure; and processor time of a "
+        "step on 32 images, of which a round takes 1,250. All but LeNet5 are simulated in one process, with one seed "
+        "(–: not run so far):"
+        f"\n\n{table(header, rows)}\n\n"
+        "![Test accuracy over rounds](frontier.png)\n\n"
+        f"({machine(about['about'])}.)"
+    )
+
+
+def frontier_in_short():
+    curves, steps = read_curves(), read("frontier.json")["steps"]
+    (lenet5, *_), augmented = curves.values(), curves["GroupNet, augmented"]
+    return (
+        f"After the same 100 rounds with 10 clients its test accuracy on CIFAR-10 is {augmented[100]:.2f}, LeNet5's "
+        f"{lenet5[100]:.2f}, for {steps['GroupNet, augmented']['ratio']:.1f} times the time a step and "
+        f"{steps['GroupNet, augmented']['parameters']:,} parameters instead of {steps['LeNet5']['parameters']:,} "
+        "([more](benchmarks/README.md#nets))."
+    )
+
+
+def draw_frontier(path):
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = picture.subplots()
+    for name, curve in read_curves().items():
+        axes.plot(curve.keys(), curve.values(), label=name)
+    axes.set(xlabel="round", ylabel="test accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
+def skew_figures():
+    """{(method, alpha, measure): the figures of all seeds}, in the order of the methods in skew.json."""
+    figures = {}
+    for name, alpha, _, measures in sorted(
+        read("skew.json")["runs"], key=lambda run: (METHODS.index(run[0]), *run[1:3])
+    ):
+        for measure, value in measures.items():
+            figures.setdefault((name, alpha, measure), []).append(value)
+    return figures
+
+
+def skew():
+    about, figures = read("skew.json"), skew_figures()
+    columns = [(alpha, measure) for alpha in ALPHAS for measure in ("test_accuracy", "global_eval_accuracy")]
+    rows = []
+    for name in METHODS:
+        cells = [figures[name, *column] for column in columns]
+        rows.append([name, *(f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells)])
+    header = ["method", *(f"alpha {alpha}, {measure}" for alpha, measure in columns)]
+    name, alpha, seed, confirmed = about["confirmed"]
+    simulated = next(run[3] for run in about["runs"] if run[:3] == [name, alpha, seed])
+    return (
+        "CIFAR-10, 10 clients with 1,000 fit images on average, Dirichlet 0.1 and 0.5, 40 rounds; means over the last "
+        f"5 rounds and over {len(figures[METHODS[0], ALPHAS[0], 'test_accuracy'])} seeds, least and greatest in "
+        f"brackets:\n\n{table(header, rows)}\n\n"
+        "![Accuracy of each method on the test set and on the devices' own images](skew.png)\n\n"
+        f"Simulated in one process; by server.py and ten client.py, {name} with alpha {alpha} and seed {seed} has a "
+        f"test accuracy of {confirmed['test_accuracy']:.3f}, simulated {simulated['test_accuracy']:.3f}. "
+        f"({machine(about['about'])}.)"
+    )
+
+
+def skew_in_short():
+    figures = skew_figures()
+    rows = []
+    for name in METHODS:
+        cells = [figures[name, alpha, "test_accuracy"] for alpha in ALPHAS]
+        rows.append([name, *(f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)])
+    return (
+        "Test accuracy after 40 rounds with 10 clients of 1,000 images of CIFAR-10, means of 3 seeds, least and "
+        "greatest in brackets ([more](benchmarks/README.md#skew)):\n\n"
+        f"{table(['method', *(f'Dirichlet, alpha {alpha}' for alpha in ALPHAS)], rows)}"
+    )
+
+
+def draw_skew(path):
+    from matplotlib.figure import Figure
+
+    figures = skew_figures()
+    picture = Figure(figsize=(11, 4.2), layout="constrained")
+    titles = {"test_accuracy": "on the test set", "global_eval_accuracy": "on the devices' own images"}
+    for axes, (measure, title) in zip(picture.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for place, alpha in enumerate(ALPHAS):
+            for row, name in enumerate(METHODS):
+                values, height = figures[name, alpha, measure], row + 0.25 * place - 0.12
+                colour = f"C{place}"
+                axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=4, alpha=0.35)
+                axes.plot(
+                    sum(values) / len(values), height, "o", color=colour, label=f"alpha {alpha}" if row == 0 else None
+                )
+        axes.set_yticks(range(len(METHODS)), METHODS)
+        axes.set(xlabel=f"accuracy of the averaged model {title}")
+        axes.grid(axis="x", alpha=0.3)
+    axes.invert_yaxis()
+    axes.legend()
+    picture.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The two files: what stands between the markers of each.
 
 PAGES = {
-    ROOT / "README.md": {"figure": figure_in_short, "soak": soak_in_short, "bench": bench_in_short},
-    HERE / "README.md": {"figure": figure, "soak": soak, "bench": bench},
+    ROOT / "README.md": {
+        "figure": figure_in_short,
+        "frontier": frontier_in_short,
+        "skew": skew_in_short,
+        "soak": soak_in_short,
+        "bench": bench_in_short,
+    },
+    HERE / "README.md": {
+        "figure": figure,
+        "frontier": frontier,
+        "skew": skew,
+        "soak": soak,
+        "compress": compress,
+        "bench": bench,
+    },
 }
 
 
@@ -242,6 +461,9 @@ def main():
         path.write_text(render(path.read_text(encoding="utf-8"), path), encoding="utf-8")
         print(f"written: {path}")
     draw(HERE / "results.png", read("results.json"))
+    draw_frontier(HERE / "frontier.png")
+    draw_skew(HERE / "skew.png")
+    draw_figure(HERE / "figure.png")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,25 @@ def epochs(dataset, pairs):
     return {**alternate(pairs, **{work.__name__: work for work in works}), **sizes}
 
 
+def step_profile(dataset):
+    """The shares of an epoch's time that torch's operations take by themselves, {name: 0..1}, the greatest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from data import load_shard
+    from engines import Adam, run_epoch
+    from nets import build_net
+
+    loaders, info = load_shard(DATASETS / dataset, 0, "cpu")
+    model = build_net(NET, info["channels"], len(info["classes"]))
+    optimizer = Adam(model.parameters())
+    run_epoch(loaders["fit"], model, "cpu", optimizer)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run_epoch(loaders["fit"], model, "cpu", optimizer)
+    times = {event.key.replace("aten::", ""): event.self_cpu_time_total for event in profiled.key_averages()}
+    names = sorted(times, key=times.get, reverse=True)
+    return {name: times[name] / sum(times.values()) for name in names}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # adam: what torch.optim costs a process that trains.
 
@@ -185,6 +204,33 @@ def bare_client(dataset):
     return {"fit": True}
 
 
+def client_memory(dataset):
+    """Where a client's memory is: MiB of its own ("anon") and of files' pages ("file") after each of its stages."""
+    from flwr.client import NumPyClient  # noqa: F401
+
+    stages = {}
+
+    def note(name):
+        stages[name] = {kind.lower(): memory_of("self", f"Rss{kind}") for kind in ("Anon", "File")}
+
+    note("torch, grpc and flwr imported")
+    from client import client_fit_fn, load_shard, run_epoch
+    from nets import build_net, trial
+
+    loaders, info = load_shard(DATASETS / dataset, 0, "cpu")
+    note("shard read")
+    model = build_net(NET, info["channels"], len(info["classes"]))
+    trial(model)
+    images, labels = next(iter(loaders["fit"]))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    note("first pass forwards and back")
+    client_fit_fn(loaders, model)
+    run_epoch(loaders["eval"], model, "cpu")
+    note("fit and evaluate")
+    shard = sum(loader.dataset.images.nbytes for loader in loaders.values())
+    return {"stages": stages, "shard": shard / 2**20}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # whole: client.py itself, with the seconds of each fit and evaluate.
 
@@ -211,15 +257,30 @@ def timed_client(*args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# wifi, wire: client.py as it was before wire.py.
+
+
+def plain_client(*args):
+    """Run client.py with `args`, which gets and sends whole models as Flower's plain arrays."""
+    from libs import run_script
+
+    import client
+
+    client.WIRE = 0
+    sys.argv = ["client.py", *args]
+    run_script(client.main)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # images: writing images.
 
 
 def save_arrays(archive, folder):
     """Seconds to read the archive, and then to np.save all of its images, one a file."""
-    from partition import read_archive
+    from partition import read_cifar
 
     began = time.perf_counter()
-    _, _, splits = read_archive(Path(archive))
+    splits = read_cifar(Path(archive), None)[2]
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():
@@ -324,5 +385,6 @@ def parameter_bytes():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arguments = [int(text) if text.isdigit() and sys.argv[1] != "timed_client" else text for text in sys.argv[2:]]
+    is_client = sys.argv[1].endswith("_client")
+    arguments = [int(text) if text.isdigit() and not is_client else text for text in sys.argv[2:]]
     print(json.dumps(globals()[sys.argv[1]](*arguments)), flush=True)

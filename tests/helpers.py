@@ -219,12 +219,21 @@ def wandb_id(folder):
     return folder.name.rsplit("-", 1)[1]
 
 
-def wandb_history(folder):
-    """The steps of an offline run with their figures, read by wandb itself: [{"_step": …, …}, …]."""
+def wandb_records(folder):
+    """The records of an offline run, read by wandb itself: [{"type": …, …}, …]."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    records = map(json.loads, printed.splitlines())
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def wandb_history(folder):
+    """The steps of an offline run with their figures: [{"_step": …, …}, …]."""
+    return [record["history"]["item"] for record in wandb_records(folder) if record["type"] == "history"]
+
+
+def as_logged(rows):
+    """A table like history.csv under the names that wandb has: `clients` is num_clients there."""
+    return rows.rename(columns={"clients": "num_clients"})
 
 
 def wandb_steps(folder):

@@ -2,12 +2,15 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 from libs import UserError
 
 import pytest
 import torch
 from flwr.proto.transport_pb2 import ServerMessage
+from helpers import ROOT
 
 import client
 from nets import LeNet5
@@ -70,6 +73,13 @@ def test_round_does_not_depend_on_the_disk_of_the_device(trainer, capsys):
     parameters, num_examples, metrics = trainer.fit(trainer.get_parameters({}), {"round": 1})
     assert len(parameters) == 20 and num_examples == 4 and metrics["fit_loss"] > 0
     assert "cannot save" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("before, after", [("gc.enable()", "True"), ("gc.disable()", "False")])
+def test_garbage_is_collected_again_after_the_imports(before, after):
+    code = f"import gc; {before}; import libs; print(gc.isenabled(), gc.get_freeze_count() > 10**5)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [after, "True"], done.stderr
 
 
 def test_mistyped_address_is_said(trainer):

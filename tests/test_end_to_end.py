@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import Suite, wandb_folders, wandb_history
+from helpers import Suite, as_logged, wandb_folders, wandb_history
 
 COLUMNS = (
     "round fit_loss fit_accuracy eval_loss eval_accuracy global_eval_loss global_eval_accuracy "
@@ -69,9 +69,9 @@ def test_best_checkpoint_is_of_the_best_round(trained):
 def test_wandb_has_the_same_curves(trained):
     (folder,) = wandb_folders(trained)
     steps = pd.DataFrame(wandb_history(folder))
-    history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
-    assert list(steps["_step"]) == [1, 2, 3]
-    for name in COLUMNS[1:]:
+    history = as_logged(pd.read_csv(trained.ckps("CIFAR10") / "history.csv"))
+    assert list(steps["_step"]) == list(steps["round"]) == [1, 2, 3]
+    for name in history.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(history[name])), name
     for cid in range(3):
         assert steps[f"clients/{cid}/fit_loss"].notna().all()

@@ -1,10 +1,15 @@
-"""The step on a device beside plain torch: Adam, FedProx; and how the images to train on are changed."""
+"""The step beside plain torch: Adam, LeNet5's gradients, FedProx; and how the images to train on are changed."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from engines import Adam, client_fit_fn, shift_and_mirror
+from nets import LeNet5, MaxPool2d
 
 SHAPES = [(6, 3, 5, 5), (16,), (84, 120), (), (10,), (7,)]
 LATE, NEVER, SOMETIMES = 3, 4, 5  # which of them gets its first gradient at step 5, which none, which now and then one
@@ -112,13 +117,13 @@ def test_the_greater_mu_the_nearer_to_the_global_model():
 
 
 @pytest.mark.parametrize("channels, height, width", [(3, 32, 32), (1, 28, 28), (3, 20, 37), (1, 5, 3), (3, 1, 1)])
-def test_images_are_random_crops_with_a_border_of_four_and_coloured_ones_mirrored(channels, height, width):
+def test_images_are_random_crops_with_a_border_of_two_and_coloured_ones_mirrored(channels, height, width):
     images = torch.rand(400, channels, height, width) + 0.1
-    bordered = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    bordered = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
     crops = {
         (top, left, mirrored): bordered[:, :, top : top + height, left : left + width][..., :: -1 if mirrored else 1]
-        for top in range(9)
-        for left in range(9)
+        for top in range(5)
+        for left in range(5)
         for mirrored in (False, True)
     }
     torch.manual_seed(5)
@@ -129,11 +134,11 @@ def test_images_are_random_crops_with_a_border_of_four_and_coloured_ones_mirrore
         for index, image in enumerate(changed.numpy())
     ]
     assert all(seen)  # each is one of them
-    if min(height, width) > 4:
+    if min(height, width) > 2:
         (hows,) = zip(*seen)
         for axis in (0, 1):
-            counts = np.bincount([how[axis] for how in hows], minlength=9)
-            assert counts.min() > 15 and counts.max() < 80  # of 400 in 9: 44 each
+            counts = np.bincount([how[axis] for how in hows], minlength=5)
+            assert counts.min() > 45 and counts.max() < 120  # of 400 in 5: 80 each
         assert (150 < sum(how[2] for how in hows) < 250) if channels == 3 else not any(how[2] for how in hows)
     torch.manual_seed(5)
     assert shift_and_mirror(images).equal(changed)
@@ -164,3 +169,114 @@ def test_only_the_images_to_train_on_are_changed_and_alike_with_one_seed():
     assert one.equal(again) and nets[0].weight.equal(nets[1].weight)
     assert not one.equal(other) and not one[: 4 * 16].equal(one[4 * 16 :])  # nor alike in each epoch
     assert plain.equal(torch.cat([images for images, _ in batches * 2]))
+
+
+class Odd(nn.Module):
+    """What nets of one's own may have: tied, frozen, unused, scalar and channels-last parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last)
+        self.frozen = nn.Conv2d(8, 8, 1).requires_grad_(False)
+        self.there = nn.Linear(8, 8, bias=False)
+        self.back = nn.Linear(8, 8, bias=False)
+        self.back.weight = self.there.weight
+        self.unused = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.late = nn.Linear(8, 8)
+        self.turns = 0
+
+    def forward(self, images):
+        self.turns += 1
+        hidden = self.frozen(self.conv(images)).relu().mean((2, 3))
+        hidden = self.back(self.there(hidden).tanh()) * self.scale
+        return self.late(hidden) if self.turns > 4 else hidden
+
+
+def normed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("net", [Odd, normed, lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8)).double()])
+def test_any_net_trains_as_with_torch(net):
+    torch.manual_seed(2)
+    mine = net()
+    plain = copy.deepcopy(mine)
+    optimizers = [Adam(mine.parameters(), 0.01), torch.optim.Adam(plain.parameters(), 0.01)]
+    kind = next(mine.parameters()).dtype
+    for _ in range(12):
+        images, labels = torch.rand(16, 3, 8, 8, dtype=kind), torch.randint(8, (16,))
+        for model, optimizer in zip((mine, plain), optimizers):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        for (name, parameter), other in zip(mine.named_parameters(), plain.parameters()):
+            torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_trained_parameters_are_ordinary_ones(tmp_path):
+    model = LeNet5(3, 10)
+    batch = [(torch.rand(8, 3, 32, 32), torch.arange(8))]
+    client_fit_fn({"fit": batch, "eval": batch}, model)
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous() and parameter.untyped_storage().nbytes() == 4 * parameter.numel(), name
+    torch.save(model.classifier.state_dict(), tmp_path / "part.ptl")
+    assert (tmp_path / "part.ptl").stat().st_size < 3 * 4 * 850
+    other = copy.deepcopy(model)
+    other.load_state_dict(LeNet5(3, 10).state_dict())
+    assert not torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+class PlainLeNet5(nn.Module):
+    """LeNet5 as its paper's readers write it: of torch's own layers, ReLU before pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer3 = nn.Sequential(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
+        self.classifier = nn.Linear(84, 10)
+
+    def forward(self, images):
+        return self.classifier(self.layer3(self.layer2(self.layer1(images)).flatten(1)))
+
+
+def test_two_epochs_have_the_gradients_of_the_plain_net():
+    """Images of few values, so that pools have many equal ones, and darkness, in which all are."""
+    torch.manual_seed(3)
+    images = torch.randint(0, 3, (320, 3, 32, 32)).float() / 2
+    images[::5] = 0
+    labels = torch.randint(10, (320,))
+    mine, plain = LeNet5(3, 10), PlainLeNet5()
+    plain.load_state_dict(mine.state_dict())
+    optimizers = [Adam(mine.parameters()), torch.optim.Adam(plain.parameters())]
+    for _ in range(2):
+        for part in torch.randperm(320).split(32):
+            for model, optimizer in zip((mine, plain), optimizers):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images[part]), labels[part]).backward()
+            for (name, parameter), other in zip(mine.named_parameters(), plain.parameters()):
+                torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-6, msg=name)
+            for optimizer in optimizers:
+                optimizer.step()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(mine.state_dict()[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (3, 4, 4), (2, 1, 7, 5), (1, 2, 2, 2)])
+@pytest.mark.parametrize("last", [False, True])
+def test_pooling_is_that_of_torch(shape, last):
+    torch.manual_seed(4)
+    images = torch.randint(-2, 2, shape).float()
+    if last and len(shape) == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    images[..., 0, :2] = torch.tensor([-torch.inf, torch.inf])
+    mine, plain = images.clone().requires_grad_(), images.clone().requires_grad_()
+    pooled, expected = MaxPool2d()(mine), F.max_pool2d(plain, 2)
+    assert torch.equal(pooled, expected)
+    weights = torch.randn(expected.shape)
+    (pooled * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(mine.grad, plain.grad)
+    images[..., 1, 0] = torch.nan
+    assert torch.equal(MaxPool2d()(images).isnan(), F.max_pool2d(images, 2).isnan())

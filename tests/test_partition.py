@@ -1,6 +1,7 @@
 """partition.py: each image goes to one shard, as it was, from every kind of source; and nothing is ever half done."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -23,6 +24,7 @@ from pathlib import Path
 from libs import UserError
 
 import cv2
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,8 +35,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import partition
-from data import load_shard, load_test
+from data import describe_dataset, load_shard, load_test
 from nets import LeNet5
+
+TABLEAU = matplotlib.colormaps["tab10"].colors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards.
@@ -78,7 +82,7 @@ def test_seed_decides_on_the_shuffle_alone(make, shapes_zip, scheme):
     assert first.keys() == other.keys()
     changed = {name for name in first if first[name] != other[name]}
     names = {f"clients/client_{cid}.csv" for cid in range(10)} | {f"bundles/client_{cid}.tar" for cid in range(10)}
-    assert changed == names | {"dataset.json"}
+    assert changed == names | {"dataset.json", "partition.png"}
 
 
 def test_iid_shards_have_all_classes_though_the_source_is_sorted_by_class(make, shapes_zip):
@@ -110,10 +114,73 @@ def test_dirichlet_is_the_more_skewed_the_smaller_alpha(make, shapes_zip):
 def test_dirichlet_keeps_its_promises_for_any_labels_and_alpha(labels, num_clients, alpha, seed):
     labels = np.array(labels)
     num_clients = min(num_clients, len(labels) // 2)
-    parts = partition.split_dirichlet(labels, num_clients, np.random.RandomState(seed), alpha)
-    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
-    sizes = [len(part) for part in parts]
-    assert len(sizes) == num_clients and min(sizes) >= 2 and max(sizes) - min(sizes) <= 1
+    rng = np.random.RandomState(seed)
+    for kind in ("equal", "lognormal"):
+        wanted = partition.draw_sizes(len(labels), num_clients, rng, kind)
+        parts = partition.split_dirichlet(labels, wanted, rng, alpha)
+        assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+        sizes = [len(part) for part in parts]
+        assert sizes == wanted and len(sizes) == num_clients and min(sizes) >= 2
+        assert kind == "lognormal" or max(sizes) - min(sizes) <= 1
+
+
+def test_shards_are_two_slices_of_the_images_in_the_order_of_their_classes(make, shapes_zip):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 20, "--partition", "shards")
+    tables = shards(folder)
+    assert sorted(pd.concat(tables)["id"]) == list(range(600)) and {len(table) for table in tables} == {30}
+    counts = np.stack([np.bincount(table["label"], minlength=10) for table in tables])
+    assert set(counts.ravel()) == {0, 15, 30}  # 40 slices of 15, four a class
+    again = tree(folder / "clients")
+    args = ("--source", shapes_zip, "--num_clients", 20, "--partition", "shards")
+    assert tree(make("Tiny", *args) / "clients") == again
+    assert tree(make("Tiny", *args, "--seed", 1) / "clients") != again
+    with pytest.raises(UserError, match="--sizes lognormal"):
+        make("Tiny", *args, "--sizes", "lognormal")
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet"])
+def test_lognormal_sizes_differ_as_their_name_says(make, shapes_zip, scheme):
+    tables = []
+    for seed in range(4):
+        args = ("--num_clients", 30, "--partition", scheme, "--sizes", "lognormal", "--seed", seed)
+        folder = make("Tiny", "--source", shapes_zip, *args)
+        assert sorted(pd.concat(shards(folder))["id"]) == list(range(600))
+        assert all(set(table["phase"]) == {"fit", "eval"} for table in shards(folder))
+        tables += shards(folder)
+    logarithms = np.log([len(table) - 2 for table in tables if len(table) > 4])  # beyond the two that each has
+    assert 0.7 < logarithms.std() < 1.2, logarithms.std()
+
+
+def test_show_prints_what_is_there_and_changes_nothing(make, shapes_zip, capsys):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--partition", "dirichlet", "--alpha", 0.2)
+    before = tree(folder)
+    capsys.readouterr()
+    make("Tiny", "--show")
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out), sep=r"\s+", index_col="cid")
+    assert tree(folder) == before
+    for cid, shard in enumerate(shards(folder)):
+        phases = shard["phase"].value_counts()
+        expected = [*np.bincount(shard["label"], minlength=10), len(shard), phases["fit"], phases["eval"]]
+        assert list(table.loc[str(cid)]) == expected
+    assert list(table.loc["all"]) == list(table.iloc[:3].sum())
+    assert json.loads((folder / "dataset.json").read_text())["split"] == table.iloc[:3, :10].to_numpy().tolist()
+    lines = (folder / "clients" / "client_1.csv").read_text().splitlines()
+    (folder / "clients" / "client_1.csv").write_text("\n".join([*lines, "9,10,fit"]))
+    with pytest.raises(UserError, match="client_1.csv is not as"):
+        make("Tiny", "--show")
+    with pytest.raises(UserError, match="Nothing has no dataset.json"):
+        make("Nothing", "--show")
+
+
+def test_partition_png_shows_each_class_as_high_as_its_count(make, shapes_zip):
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 2, "--partition", "shards")
+    picture = np.array(Image.open(folder / "partition.png").convert("RGB"))
+    assert 800 < picture.shape[1] < 1100 and 400 < picture.shape[0] < 520
+    split = np.array(json.loads((folder / "dataset.json").read_text())["split"])
+    plot = picture[:, : picture.shape[1] * 3 // 4]  # without the legend
+    pixels = [(plot == np.round(np.array(TABLEAU[label]) * 255)).all(2).sum() for label in range(10)]
+    counts = split.sum(0)
+    assert np.allclose(np.array(pixels) / sum(pixels), counts / counts.sum(), atol=0.02), (pixels, counts)
 
 
 def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, shapes_zip):
@@ -122,6 +189,7 @@ def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, sha
     assert hashlib.md5(shapes_zip.read_bytes()).hexdigest() in info.pop("checksum")
     digests = [info.pop("id"), info.pop("test"), *info.pop("shards")]  # tests/test_cut.py has more on them
     assert len(set(digests)) == 5 and all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests)
+    pixels = np.stack([image for _, image in images(folder, "train")]) / 255
     assert info == {
         "dataset": "Tiny",
         "classes": "bar circle cross diamond hexagon ring sector square star triangle".split(),
@@ -129,15 +197,31 @@ def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, sha
         "image_size": [32, 32],
         "fit": "squash",
         "levels": None,
+        "mean": pytest.approx(pixels.mean((0, 1, 2)), abs=1e-9),
+        "std": pytest.approx(pixels.std((0, 1, 2)), abs=1e-9),
         "num_train": 600,
         "num_test": 100,
         "num_clients": 3,
         "partition": "iid",
+        "sizes": "equal",
         "alpha": None,
         "eval_fraction": 0.25,
         "seed": 7,
+        "split": [[(table["label"] == label).sum() for label in range(10)] for table in shards(folder)],
         "source": str(shapes_zip),
     }
+    assert {name: describe_dataset("Tiny", folder)[name] for name in ("mean", "std", "split")}.items() <= info.items()
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3)])
+def test_mean_and_spread_are_those_of_the_training_images_as_written(make, tmp_path, mode, channels):
+    write_pictures(tmp_path / "pictures", "png", mode)
+    Image.new("L", (40, 40), 200).save(tmp_path / "pictures" / "train" / "ant" / "grey.png")
+    folder = make("Pictures", "--source", tmp_path / "pictures", "--num_clients", 2)
+    pixels = np.stack([image for _, image in images(folder, "train")]).reshape(-1, channels) / 255
+    info = describe_dataset("Pictures", folder)
+    assert info["mean"] == pytest.approx(pixels.mean(0), abs=1e-9)
+    assert info["std"] == pytest.approx(pixels.std(0), abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,6 +422,123 @@ def test_grey_images_in_a_coloured_dataset_get_three_equal_channels(make, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CIFAR-100 and IDX files.
+
+
+def test_cifar100_is_read_with_its_fine_labels(make, tmp_path):
+    rng = np.random.RandomState(0)
+    pixels = {"train": rng.randint(0, 256, (12, 3072), np.uint8), "test": rng.randint(0, 256, (6, 3072), np.uint8)}
+    fine = {split: [index % 3 for index in range(len(rows))] for split, rows in pixels.items()}
+    content = {
+        name: {b"data": pixels[name], b"fine_labels": fine[name], b"coarse_labels": [0] * len(fine[name])}
+        for name in pixels
+    }
+    content["meta"] = {b"fine_label_names": [b"apple", b"bee", b"cup"], b"coarse_label_names": [b"things"]}
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, what in content.items():
+        (folder / name).write_bytes(pickle.dumps(what, protocol=2))
+    (folder / "file.txt~").write_text("as in the official archive")
+    with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, folder.name)
+    for source in (folder, tmp_path, tmp_path / "cifar-100-python.tar.gz"):
+        made = make("CIFAR100", "--source", source, "--num_clients", 2)
+        assert json.loads((made / "dataset.json").read_text())["classes"] == ["apple", "bee", "cup"]
+        assert sorted(pd.concat(shards(made))["label"]) == sorted(fine["train"])
+        for index, row in enumerate(pixels["test"]):
+            image = np.load(made / "test" / f"{index}.npy")
+            assert np.array_equal(image, row.reshape(3, 32, 32).transpose(1, 2, 0))
+    (folder / "test").unlink()
+    with pytest.raises(UserError, match="of CIFAR-100's layout it lacks 'test'"):
+        make("CIFAR100", "--source", folder, "--num_clients", 2)
+
+
+def idx(array):
+    """The bytes of an IDX file, as yann.lecun.com/exdb/mnist describes them."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def idx_files(num_train=30, num_test=10, num_classes=5, seed=0):
+    """{name: content}, named as MNIST's."""
+    rng = np.random.RandomState(seed)
+    files = {}
+    for split, count in (("train", num_train), ("t10k", num_test)):
+        files[f"{split}-images-idx3-ubyte"] = idx(rng.randint(0, 256, (count, 32, 32)))
+        files[f"{split}-labels-idx1-ubyte"] = idx(np.arange(count) % num_classes)
+    return files
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzipped", "dots", "zip", "tar.gz", "both"])
+def test_four_idx_files_are_read_as_they_are(make, tmp_path, kind):
+    files = idx_files()
+    stored = dict(files)
+    if kind in ("gzipped", "both"):
+        stored = {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
+    if kind == "both":
+        stored.update(files)
+    if kind == "dots":
+        stored = {name.replace("-idx", ".idx"): content for name, content in files.items()}
+    source = tmp_path / "raw"
+    source.mkdir()
+    for name, content in stored.items():
+        (source / name).write_bytes(content)
+        (source / f"._{name}").write_bytes(b"what macOS leaves")
+    if kind in ("zip", "tar.gz"):
+        source = Path(shutil.make_archive(source, {"zip": "zip", "tar.gz": "gztar"}[kind], source))
+    folder = make("Digits", "--source", source, "--num_clients", 2)
+    info = json.loads((folder / "dataset.json").read_text())
+    assert (info["channels"], info["classes"]) == (1, ["0", "1", "2", "3", "4"])
+    for split, name in (("train", "train"), ("test", "t10k")):
+        expected = np.frombuffer(files[f"{name}-images-idx3-ubyte"][16:], np.uint8).reshape(-1, 32, 32)
+        for index, image in enumerate(expected):
+            assert np.array_equal(np.load(folder / split / f"{index}.npy"), image)
+    table = pd.concat(shards(folder)).set_index("id").sort_index()
+    assert list(table["label"]) == [index % 5 for index in range(30)]
+
+
+def test_labels_of_idx_files_are_names_and_those_of_fashion_mnist_have_theirs(make, tmp_path):
+    files = idx_files()
+    for split, count in (("train", 30), ("t10k", 10)):
+        files[f"{split}-labels-idx1-ubyte"] = idx(np.array([1, 7])[np.arange(count) % 2])
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    folder = make("Two", "--source", tmp_path, "--num_clients", 2)
+    assert json.loads((folder / "dataset.json").read_text())["classes"] == ["1", "7"]
+    assert set(pd.concat(shards(folder))["label"]) == {0, 1}
+    folder = make("FashionMNIST", "--source", tmp_path, "--num_clients", 2)
+    classes = json.loads((folder / "dataset.json").read_text())["classes"]
+    assert (len(classes), classes[1], classes[7]) == (10, "Trouser", "Sneaker")
+    assert set(pd.concat(shards(folder))["label"]) == {1, 7}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda files: files.pop("t10k-labels-idx1-ubyte"), "lacks the IDX file with the labels for test"),
+        (
+            lambda files: files.update({"train-images-idx3-ubyte": files["train-images-idx3-ubyte"][:-1]}),
+            "30719 values",
+        ),
+        (lambda files: files.update({"train-images-idx3-ubyte": b"\0\0\x0d\x03" + b"\0" * 40}), "begins with 00000d03"),
+        (lambda files: files.update({"train-labels-idx1-ubyte": idx(np.arange(29) % 5)}), "30 images, and 29 labels"),
+        (lambda files: files.update({"t10k-labels-idx1-ubyte": idx(np.full(10, 9))}), "label 9 in its test set"),
+        (lambda files: files.update({"t10k-labels-idx1-ubyte": b""}), "t10k-labels-idx1-ubyte cannot be read"),
+        (lambda files: files.update({"t10k-labels-idx1-ubyte": b"\x1f\x8bnothing"}), "t10k-labels-idx1-ubyte cannot"),
+        (lambda files: files.update({"letters-train-labels-idx1-ubyte": idx(np.zeros(30))}), "train and labels twice"),
+    ],
+)
+def test_idx_files_that_are_not_whole_are_refused_by_name(make, tmp_path, change, message):
+    files = idx_files()
+    change(files)
+    (tmp_path / "raw").mkdir()
+    for name, content in files.items():
+        (tmp_path / "raw" / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        make("Digits", "--source", tmp_path / "raw", "--num_clients", 2)
+    assert not (tmp_path / "datasets" / "Digits").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Downloads, from a server of our own.
 
 PAYLOAD = bytes(range(256)) * 1000
@@ -347,7 +548,11 @@ MD5 = hashlib.md5(PAYLOAD).hexdigest()
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
-        getattr(self, self.path[1:].replace(".", "_"))()
+        if self.path in self.server.files:
+            content = self.server.files[self.path]
+            self.answer(content, ("Content-Length", len(content)))
+        else:
+            getattr(self, self.path[1:])()
 
     def log_message(self, *args):
         pass
@@ -388,14 +593,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def missing(self):
         self.answer(PAYLOAD, status=404)
 
-    def archive_tar_gz(self):
-        self.answer(self.server.archive, ("Content-Length", len(self.server.archive)))
-
 
 @pytest.fixture
 def web():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url, server.asked, server.stop = f"http://127.0.0.1:{server.server_port}", [], threading.Event()
+    server.files = {}  # path: content
     server.handle_error = lambda *args: None  # of the connections that a test breaks
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -452,15 +655,30 @@ def test_refused_connection_is_given_up_at_once(tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_cifar10_is_downloaded_once_and_then_taken_from_datasets(web, make, tmp_path, monkeypatch):
-    web.archive = write_archive(tmp_path / "a.tar.gz").read_bytes()
-    monkeypatch.setattr(partition, "CIFAR10_URL", f"{web.url}/archive.tar.gz")
-    monkeypatch.setattr(partition, "CIFAR10_MD5", hashlib.md5(web.archive).hexdigest())
+def test_official_files_are_downloaded_once_and_then_taken_from_datasets(web, make, tmp_path, monkeypatch):
+    archive = write_archive(tmp_path / "a.tar.gz").read_bytes()
+    web.files["/cifar-10-python.tar.gz"] = archive
+    official = {"cifar-10-python.tar.gz": hashlib.md5(archive).hexdigest()}
+    monkeypatch.setitem(partition.OFFICIAL, "CIFAR10", (web.url, official))
     for num_clients in (2, 5):
         folder = make("CIFAR10", "--num_clients", num_clients)
         assert len(shards(folder)) == num_clients and len(images(folder, "train")) == 20
-    assert web.asked == ["/archive.tar.gz"]
-    assert (tmp_path / "datasets" / "cifar-10-python.tar.gz").read_bytes() == web.archive
+    assert web.asked == ["/cifar-10-python.tar.gz"]
+    assert (tmp_path / "datasets" / "cifar-10-python.tar.gz").read_bytes() == archive
+
+
+def test_four_official_files_are_downloaded_once_and_each_is_checked(web, make, tmp_path, monkeypatch):
+    files = {f"{name}.gz": gzip.compress(content) for name, content in idx_files().items()}
+    web.files.update({f"/{name}": content for name, content in files.items()})
+    official = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setitem(partition.OFFICIAL, "MNIST", (web.url, official))
+    for num_clients in (2, 3):
+        assert len(shards(make("MNIST", "--num_clients", num_clients))) == num_clients
+    assert sorted(web.asked) == sorted(web.files)
+    changed = tmp_path / "datasets" / "MNIST-idx" / "t10k-images-idx3-ubyte.gz"
+    changed.write_bytes(gzip.compress(idx_files(seed=1)["t10k-images-idx3-ubyte"]))
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz is not the official file"):
+        make("MNIST", "--num_clients", 2)
 
 
 def test_archive_in_datasets_that_is_not_the_official_one_is_refused(make, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import start_patched
+from helpers import as_logged, start_patched
 
 from nets import LeNet5, get_arrays, save_checkpoint
 from record import FILES, Record, logged_steps, move_aside, resume
@@ -157,7 +157,8 @@ def assert_complete(suite, last):
         (file,) = path.glob("*.wandb")
         assert logged_steps(file) == {step["_step"] for step in steps}
     steps = pd.DataFrame([step for steps in folders.values() for step in steps]).sort_values("_step")
-    assert list(steps["_step"]) == list(rows["round"])
+    assert list(steps["_step"]) == list(steps["round"]) == list(rows["round"])
+    rows = as_logged(rows)
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
 

@@ -1,7 +1,9 @@
 """What helps where the data is skewed: GroupNet, batch norm that stays on the device, who trains, when a run ends."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 
@@ -11,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import history, lines, new_suite, start_patched, wait_until
+from helpers import Suite, history, lines, start_patched, wait_until
 
 import client
 import server
 from data import BatchLoader
-from nets import GroupNet, LeNet5, fingerprint, get_arrays, load_checkpoint, predict, same_trial, trial
+from nets import GroupNet, LeNet5, fingerprint, get_arrays, load_checkpoint, normalise_input, predict, same_trial, trial
 from strategies import STRATEGIES, FedAvg
 
 NORM = re.compile(r"layer[12]\.1\.")  # what belongs to batch norm in LeNet5's state dict
@@ -62,10 +64,37 @@ def test_group_net_is_told_from_its_like_by_the_handshake(channels):
     assert not same_trial(one, trial(other()))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_input_is_normalised_by_what_the_data_set_says(channels):
+    images, mean, std = torch.rand(7, channels, 32, 32), [0.5, 0.25, 0.0][:channels], [0.25, 0.5, 0.0][:channels]
+    net = GroupNet(channels, 10)
+    usual = net(images)
+    normalise_input(net, None, None)  # an old data set
+    assert net(images).equal(usual)
+    normalise_input(net, mean, std)
+    found = dict(net.named_buffers())
+    assert found["input_mean"].shape == found["input_std"].shape == (1, channels, 1, 1)
+    assert found["input_mean"].dtype == found["input_std"].dtype == torch.float32
+    assert found["input_mean"].flatten().tolist() == mean
+    assert net(images).isfinite().all()  # also where all images are of one colour
+    normalise_input(LeNet5(channels, 10), mean, std)  # which has no such buffers
+
+
+def pixels(suite):
+    """The values of all training images, in 0..1."""
+    return np.stack([np.load(path) for path in (suite.root / "datasets" / "Tiny" / "train").iterdir()]) / 255
+
+
 @pytest.fixture(scope="module")
 def skewed(tmp_path_factory, three_shards):
     """A suite in which two of three clients at a time have trained GroupNet, with FedProx, a median and a resume."""
-    suite = new_suite(tmp_path_factory.mktemp("skewed"), three_shards)
+    suite = Suite(tmp_path_factory.mktemp("skewed"))
+    shutil.copytree(three_shards, suite.root / "datasets")
+    path = suite.root / "datasets" / "Tiny" / "dataset.json"
+    info, values = json.loads(path.read_text()), pixels(suite)
+    info.setdefault("mean", values.mean((0, 1, 2)).tolist())
+    info.setdefault("std", values.std((0, 1, 2)).tolist())
+    path.write_text(json.dumps(info))
     args = ("--dataset", "Tiny", "--net", "GroupNet", "--fraction_fit", 0.67, "--seed", 7)
     args += ("--strategy", "FedMedian", "--proximal_mu", 0.1)
     suite.laptops = []
@@ -86,9 +115,9 @@ def test_group_net_trains_is_resumed_and_its_checkpoint_alone_is_as_right_as_the
     assert checkpoint["args"]["augment"] is False and checkpoint["args"]["proximal_mu"] == 0.1
 
     folder = skewed.root / "datasets" / "Tiny"
-    images = np.stack([np.load(path) for path in (folder / "train").iterdir()]) / 255
-    for name, values in (("input_mean", images.mean((0, 1, 2))), ("input_std", images.std((0, 1, 2)))):
-        assert checkpoint["model"][name].flatten().tolist() == pytest.approx(values, abs=1e-4)
+    values = pixels(skewed)
+    for name, expected in (("input_mean", values.mean((0, 1, 2))), ("input_std", values.std((0, 1, 2)))):
+        assert checkpoint["model"][name].flatten().tolist() == pytest.approx(expected, abs=1e-4)
     table = pd.read_csv(folder / "test.csv")
     said = [predict(model, checkpoint, np.load(folder / "test" / f"{name}.npy"))[0] for name in table["id"]]
     right = np.mean([word == checkpoint["classes"][label] for word, label in zip(said, table["label"], strict=True)])
@@ -500,6 +529,10 @@ def test_value_out_of_range_is_refused(monkeypatch, flag, values):
         (
             ["--strategy", "Krum", "--num_clients", 10, "--fraction_fit", 0.29],
             "--strategy Krum needs rounds of 3 clients or more; --fraction_fit 0.29 of 10 clients is 2",
+        ),
+        (
+            ["--target_accuracy", 0.5, "--num_rounds", 2],
+            "--target_accuracy needs 3 rounds or more, and --num_rounds is 2",
         ),
     ],
 )

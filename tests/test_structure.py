@@ -4,8 +4,8 @@ import ast
 
 from helpers import ROOT
 
-ORDER = ("libs", "nets", "data", "engines", "record", "strategies", "registry", "server")
-DEVICE = {"libs", "nets", "data", "engines", "client"}  # all that a device has
+ORDER = ("libs", "nets", "data", "engines", "record", "strategies", "wire", "registry", "server")
+DEVICE = {"libs", "nets", "data", "engines", "wire", "client"}  # all that a device has
 
 
 def imported(path):

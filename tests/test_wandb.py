@@ -6,6 +6,7 @@ nobody types.
 
 import base64
 import http.server
+import io
 import json
 import re
 import signal
@@ -18,7 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from helpers import Suite, free_port, history, start_patched
+from helpers import Suite, as_logged, free_port, history, start_patched, wait_until
 from helpers import wandb_history as inspect
 from test_record import KILL, ROUND_3
 
@@ -51,7 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         stub, body = self.server.stub, self.rfile.read(int(self.headers["Content-Length"]))
         graphql = json.loads(body) if self.path == "/graphql" else {}
-        operation = graphql.get("operationName", self.path)
+        named = re.search(r"(?:query|mutation) (\w+)", graphql.get("query", ""))
+        operation = named[1] if named else self.path
         stub.requests.append(operation)
         if stub.silent == "always" or (stub.silent and operation != "Viewer"):
             stub.closed.wait()
@@ -59,11 +61,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if self.command == "PUT":
+            stub.uploads[self.path] = body
             return self.reply(200, {})
         if self.headers["Authorization"] != "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode():
             return self.reply(401, {"errors": [{"message": "invalid API key"}]})
         if self.path == "/graphql":
-            return self.reply(200, {"data": getattr(stub, operation, dict)(**graphql.get("variables", {}))})
+            return self.reply(200, {"data": getattr(stub, operation, dict)(**(graphql.get("variables") or {}))})
         entity, project, run_id = re.fullmatch(r"/files/(.+)/(.+)/(.+)/file_stream", self.path).groups()
         assert (entity, project) == ("lab", stub.runs[run_id]["project"])
         stub.take_in(stub.runs[run_id], json.loads(body))
@@ -92,13 +95,15 @@ class Http(http.server.ThreadingHTTPServer):
 class Stub:
     """What wandb's server does for a run. Its answers are the methods named like wandb's queries.
 
-    `silent` is "always" to accept connections and never answer, or "after login" to answer that much.
+    `silent` is "always" to accept connections and never answer, or "after login" to answer that much. With `before`,
+    a Stub that is closed, it is that one again, on the same port and with all that it knew.
     """
 
-    def __init__(self, silent=None):
+    def __init__(self, silent=None, before=None):
         self.silent, self.closed = silent, threading.Event()
-        self.requests, self.errors, self.runs = [], [], {}
-        self.http = Http(("127.0.0.1", 0), Handler)
+        self.requests, self.errors, self.runs = [], [], {} if before is None else before.runs
+        self.alerts, self.artifacts, self.uploads = [], {}, {}  # artifacts by id, uploads by the path of their address
+        self.http = Http(("127.0.0.1", 0 if before is None else before.http.server_address[1]), Handler)
         self.http.stub = self
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
@@ -141,6 +146,42 @@ class Stub:
     def CreateRunFiles(self, run, files, **_):
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run}/{name}"} for name in files]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
+
+    def NotifyScriptableRunAlert(self, **alert):
+        self.alerts.append(alert)
+        return {"notifyScriptableRunAlert": {"success": True}}
+
+    def ArtifactType(self, **_):
+        return {"project": None}  # none of that name yet
+
+    def ServerFeaturesQuery(self):
+        return {"serverInfo": {"features": []}}
+
+    def CreateArtifact(self, input):
+        new = {"id": f"artifact-{len(self.artifacts)}", "state": "PENDING"}
+        self.artifacts[new["id"]] = {**input, "committed": False}
+        return {"createArtifact": {"artifact": {**new, "artifactSequence": {"latestArtifact": None}}}}
+
+    def CreateArtifactManifest(self, artifactID, **_):
+        file = {"id": "file", "uploadUrl": f"{self.url}/manifests/{artifactID}", "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "manifest", "file": file}}}
+
+    def CreateArtifactFiles(self, input):
+        nodes = [
+            {
+                "storagePath": f"{file['artifactID']}/{file['name']}",
+                "uploadUrl": f"{self.url}/artifacts/{file['artifactID']}/{file['name']}",
+                "uploadHeaders": [],
+                "uploadMultipartUrls": None,
+                "artifact": {"id": file["artifactID"]},
+            }
+            for file in input["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def CommitArtifact(self, artifactID):
+        self.artifacts[artifactID]["committed"] = True
+        return {"commitArtifact": {"artifact": {"id": artifactID, "digest": self.artifacts[artifactID]["digest"]}}}
 
     def bucket(self, run_id):
         run = self.runs[run_id]
@@ -228,12 +269,12 @@ def start_clients(suite):
 
 def folder_to_send(process):
     """The folder that a server's line on sending curves later names."""
-    return Path(re.search(r"send them later with: wandb sync .*?(/\S+)", process.out)[1])
+    return Path(re.search(r"send them later with: \S*wandb sync .*?(/\S+)", process.out)[1])
 
 
 def send_later(suite, process, stub):
     """Do what that line says, with a key and the stub at hand now."""
-    line = re.search(r"send them later with: wandb (sync .+)", process.out)[1]
+    line = re.search(r"send them later with: \S*wandb (sync .+)", process.out)[1]
     env = {**suite.env, "WANDB_BASE_URL": stub.url, "WANDB_API_KEY": KEY}
     subprocess.run([WANDB, *line.split()], env=env, cwd=suite.root, stdin=subprocess.DEVNULL, check=True, timeout=60)
 
@@ -243,8 +284,8 @@ def assert_same_curves(steps, rows):
 
     What a round cut short could not measure is blank in the one and missing in the other.
     """
-    steps = pd.DataFrame(steps)
-    assert list(steps["_step"]) == list(rows["round"])
+    steps, rows = pd.DataFrame(steps), as_logged(rows)
+    assert list(steps["_step"]) == list(steps["round"]) == list(rows["round"])
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
     for name in ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy", "global_eval_loss", "global_eval_accuracy"):
@@ -258,6 +299,22 @@ def assert_sent(run, rows):
     assert run["config"]["lr"]["value"] == 1e-3 and run["config"]["num_clients"]["value"] == 2
     assert run["complete"]
     assert_same_curves([line for _, line in sorted(run["history"].items())], rows)
+
+
+def assert_models_sent(suite, run_id):
+    """Only the best and the last model went to the stub, at each of the run's two ends; the last are those in ckps/."""
+    artifacts = {name: one for name, one in suite.stub.artifacts.items() if one["artifactTypeName"] == "model"}
+    assert 2 <= len(artifacts) <= 4 and all(one["committed"] for one in artifacts.values())
+    assert {one["artifactCollectionName"] for one in artifacts.values()} == {f"Tiny-{run_id}"}
+    holders = {}  # of each alias: who got it last
+    for name, one in artifacts.items():
+        holders.update({alias["alias"]: name for alias in one["aliases"]})
+    assert set(holders) == {"latest", "best"}
+    for alias, file in (("best", "best.ptl"), ("latest", "server.ptl")):
+        sent = torch.load(io.BytesIO(suite.stub.uploads[f"/artifacts/{holders[alias]}/model.ptl"]), weights_only=True)
+        kept = torch.load(suite.ckps("Tiny") / file, weights_only=True)
+        assert sent["round"] == kept["round"] == json.loads(artifacts[holders[alias]]["metadata"])["round"]
+        assert all(torch.equal(tensor, kept["model"][name]) for name, tensor in sent["model"].items())
 
 
 def stop_and_resume(suite):
@@ -328,6 +385,9 @@ def test_with_a_key_the_run_is_online_and_goes_on_there_after_a_stop(laptops, st
     for server in (stopped, resumed):
         assert f"curves: {suite.stub.url}/lab/FL-IoT/runs/{run_id}\n" in server.out
         assert "wandb" not in server.err
+    assert [alert["title"] for alert in suite.stub.alerts] == ["the run ended early"]
+    assert "SIGTERM" in suite.stub.alerts[0]["text"] and suite.stub.alerts[0]["waitDuration"] == 3_600_000
+    assert_models_sent(suite, run_id)
 
 
 @pytest.mark.parametrize("point", ["server.ptl", "wandb"])
@@ -341,10 +401,22 @@ def test_with_a_key_a_killed_run_is_complete_after_its_resume(laptops, stubs, po
     resumed = suite.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 6, "--resume")
     assert resumed.wait(120) == 0, resumed
     ((_, run),) = suite.stub.runs.items()
-    steps, rows = pd.DataFrame([line for _, line in sorted(run["history"].items())]), history(suite)
+    steps, rows = pd.DataFrame([line for _, line in sorted(run["history"].items())]), as_logged(history(suite))
     assert run["complete"] and list(steps["_step"]) == list(rows["round"]) == [1, 2, 3, 4, 5, 6]
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
+
+
+def test_an_outage_in_the_middle_loses_no_row_and_slows_nothing(laptops, stubs):
+    suite = laptops(stubs(), KEY)
+    server, clients = start_training(suite, 60), start_clients(suite)
+    server.wait_for("round 5/", timeout=120)
+    suite.stub.close()
+    wait_until("more rounds are done without it", lambda: len(history(suite)) >= 25)
+    stub = stubs(None, suite.stub)
+    assert server.wait(120) == 0 and [client.wait(20) for client in clients] == [0, 0], server
+    ((_, run),) = stub.runs.items()
+    assert_sent(run, history(suite))
 
 
 def test_without_a_key_a_resumed_run_is_two_folders_that_sync_into_one(laptops, stubs):

@@ -1,0 +1,253 @@
+"""What crosses the wire: a model once, shrunk where --compress says so; nonsense is dropped, nothing else changes."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
+from helpers import history, lines, start_patched, wait_until
+
+import wire
+from nets import LeNet5, get_arrays, learned
+
+# A client that prints the bytes of every message with parameters, and a digest of those that it then has.
+TELLING = """
+import hashlib
+real_answer, real_unpack = script.answer, script.Holder.unpack
+def answer(flower_client, message, holder):
+    reply = real_answer(flower_client, message, holder)
+    kind = message.WhichOneof("msg")
+    if kind in ("fit_ins", "evaluate_ins"):
+        print("wire", kind[:-4], message.ByteSize(), reply.ByteSize(), flush=True)
+    return reply
+def unpack(self, parameters):
+    plain = real_unpack(self, parameters)
+    print("has", hashlib.sha256(b"".join(plain.tensors)).hexdigest()[:12], flush=True)
+    return plain
+script.answer, script.Holder.unpack = answer, unpack
+"""
+PLAIN = "script.WIRE = 0\n"  # as if its client.py knew nothing of wire.py
+SIZE = 248392  # of LeNet5's arrays
+
+
+def sizes(client):
+    """[(question, bytes down, bytes up), …] of all messages with parameters."""
+    told = [line.split()[1:] for line in lines(client, "wire ")]
+    return [(kind, int(down), int(up)) for kind, down, up in told]
+
+
+def train(suite, patches, *args, num_rounds=3):
+    """A run with a client for each of the `patches`: (server, clients)."""
+    about = ("--num_clients", len(patches), "--num_rounds", num_rounds, "--dataset", "Tiny", "--seed", 7)
+    server = suite.server(*about, *args)
+    clients = [
+        start_patched(suite, "client", TELLING + patch, "--cid", cid, "--num_threads", 1)
+        for cid, patch in enumerate(patches)
+    ]
+    for process in (*clients, server):
+        assert process.wait() == 0, process
+    return server, clients
+
+
+def final_model(suite):
+    return torch.load(suite.ckps("Tiny") / "server.ptl", weights_only=True)["model"]
+
+
+def test_model_goes_down_once_and_compressed_runs_learn_as_well(tiny):
+    runs = {}
+    for name, patch, *args in (
+        ("once", ""),
+        ("twice", PLAIN),
+        ("fp16", "", "--compress", "fp16"),
+        ("int8", "", "--compress", "int8"),
+    ):
+        _, clients = train(tiny, [patch, PLAIN], *args)
+        has = [re.findall("has (.*)", client.out) for client in clients]
+        runs[name] = final_model(tiny), history(tiny).drop(columns="round_seconds"), has, *map(sizes, clients)
+    (model, rows, has, once, _), (other_model, other_rows, other_has, twice, _) = runs["once"], runs["twice"]
+    assert all(torch.equal(model[name], tensor) for name, tensor in other_model.items())  # to the last bit
+    assert rows.equals(other_rows) and has == other_has
+    assert [kind for kind, _, _ in once] == ["fit", "evaluate"] * 3
+    assert [down > SIZE for _, down, _ in once] == [True, True, False, True, False, True]
+    assert max(down for _, down, _ in once[2::2]) < 500
+    assert all(down > SIZE for _, down, _ in twice)
+    for name, share in (("fp16", 0.5), ("int8", 0.25)):
+        model, compressed, _, told, others = runs[name]
+        assert list(compressed["clients"]) == [2] * 3 and list(compressed["failures"]) == [0] * 3
+        for figure in ("fit_loss", "global_eval_loss", "test_loss"):
+            np.testing.assert_allclose(compressed[figure], rows[figure], rtol=0.02)
+        assert max(up for kind, _, up in told if kind == "fit") < share * SIZE + 2500
+        first = 2 if name == "int8" else 0  # the first model goes whole, being a difference to none
+        assert all(down < share * SIZE + 2500 for _, down, _ in told[first:])
+        assert all(down > SIZE for _, down, _ in others)  # one that cannot do it gets plain arrays
+        assert {tensor.dtype for tensor in model.values()} == {torch.float32, torch.int64}
+        weights = model["layer3.0.weight"]
+        assert not torch.equal(weights.half().float(), weights)  # the server's own mean is not rounded
+
+
+def test_one_that_is_back_gets_the_model_whole(tiny):
+    server = tiny.server("--num_clients", 1, "--num_rounds", 200, "--dataset", "Tiny", "--compress", "int8")
+    first = start_patched(tiny, "client", TELLING, "--cid", 0, "--num_threads", 1)
+    wait_until("rounds", lambda: len(sizes(first)) >= 4)
+    first.kill()
+    second = start_patched(tiny, "client", TELLING, "--cid", 0, "--num_threads", 1)
+    wait_until("rounds", lambda: len(sizes(second)) >= 4)
+    assert [down > SIZE for _, down, _ in sizes(second)[:4]] == [True, False, False, False]
+    assert sizes(second)[2][1] < 500
+    server.kill()
+    assert not lines(server, "malformed")
+
+
+BREAKS = {  # what is wrong with the tensors that a device sends, or with its net; and the reason that the server gives
+    "fp16": [
+        ("tensors[0] = tensors[0][:41]", "malformed answer: cannot reshape"),
+        ("tensors[0] = tensors[0][:7]", "malformed answer: an array of 7 bytes is cut off"),
+        ("tensors[0] = tensors[0][:4] + b'\\xff' + tensors[0][5:]", "malformed answer: "),
+        ("tensors[0] = b'int8' + tensors[0]", "malformed answer: "),
+        ("tensors[0] = tensors[1]", r"array layer1.0.weight is float32 \(6,\), not float32 \(6, 3, 5, 5\)"),
+        ("del tensors[3]", "19 arrays, not 20"),
+        ("value = float('nan')", "array classifier.bias has values that are not finite"),
+        ("value = float('-inf')", "array classifier.bias has values that are not finite"),
+    ],
+    "int8": [
+        ("tensors[0] = tensors[0][:7]", "malformed answer: an array of 7 bytes is cut off"),
+        ("tensors[0] = tensors[0][:30]", "malformed answer: cannot reshape"),
+        ("tensors[0] = tensors[1]", r"malformed answer: a difference of shape \(6,\) to float32 \(6, 3, 5, 5\)"),
+        ("tensors.append(tensors[0])", "malformed answer: a difference to nothing that was sent"),
+        ("tensors[1] = tensors[1][:9] + b'\\0\\0\\xc0\\x7f' + tensors[1][13:]", "not finite"),
+        ("value = float('nan')", "array classifier.bias has values that are not finite"),
+        ("value = float('inf')", "array classifier.bias has values that are not finite"),
+    ],
+}
+BREAKING = """
+import torch
+real_pack, real_fit, turn, value = script.Holder.pack, script.client_fit_fn, 0, None
+def fit(loaders, model, **kwargs):
+    global turn, value
+    turn, value = turn + 1, None
+    metrics = real_fit(loaders, model, **kwargs)
+    if breaks[turn - 1].startswith("value"):
+        exec(breaks[turn - 1], globals())
+        with torch.no_grad():
+            model.classifier.bias[0] = value
+    return metrics
+def pack(self, parameters):
+    tensors = list(real_pack(self, parameters).tensors)
+    exec(breaks[turn - 1])
+    return type(parameters)(tensors, "fp16")
+script.Holder.pack, script.client_fit_fn = pack, fit
+"""
+
+
+@pytest.mark.parametrize("compress", BREAKS)
+def test_malformed_payloads_are_dropped_with_their_reasons(tiny, compress):
+    breaks, reasons = zip(*BREAKS[compress])
+    patch = f"breaks = {list(breaks)!r}{BREAKING}"
+    server, _ = train(tiny, ["", patch], "--compress", compress, num_rounds=len(breaks))
+    for current, reason in enumerate(reasons, start=1):
+        assert re.search(f"round {current}: dropped cid 1: .*{reason}", server.out), (current, server)
+    rows = history(tiny)
+    assert list(rows["failures"]) == list(rows["clients"]) == [1] * len(breaks)
+    assert np.isfinite(rows["test_loss"]).all()
+
+
+def test_values_beyond_float16_stay_what_they_are(tiny):
+    train(tiny, [f"breaks = ['value = 1e6']{BREAKING}"], "--compress", "fp16", num_rounds=1)
+    assert final_model(tiny)["classifier.bias"][0] == 1e6
+
+
+def test_compress_that_could_do_nothing_is_refused(tiny):
+    nets = tiny.root / "nets.py"
+    before, after = nets.read_text().split("NETS = ")
+    double = "class Double(LeNet5):\n    def __init__(self, *args):\n        super().__init__(*args), self.double()\n"
+    nets.write_text(f"{before}{double}NETS = {after}".replace("(LeNet5,)", "(LeNet5, Double)"))
+    server = tiny.server("--dataset", "Tiny", "--net", "Double", "--compress", "fp16")
+    assert server.wait() == 2
+    assert server.err == "server.py: --compress fp16 is for float32 parameters, and Double has none\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arrays themselves, beside numpy's own float16 and sums by hand.
+
+
+def through(to, array, *base):
+    sent = to(wire.write_npy(array), *map(wire.write_npy, base))
+    return len(sent), wire.read_npy(wire.restore(sent, *map(wire.write_npy, base)))
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [1.0, -65504.0], [3e-5, 1.0], [6.2e-5], -0.1, [[1.5], [2.5]], [65519.0]])
+def test_half_is_numpys_float16(values):
+    array = np.array(values, np.float32)
+    size, back = through(wire.to_half, array)
+    assert back.dtype == np.float32 and back.shape == array.shape
+    assert np.array_equal(back, array.astype(np.float16).astype(np.float32)) and size < 14 + 2 * array.size
+
+
+@pytest.mark.parametrize("values", [[1.0, 65520.0], [-7e4], [np.inf, 1], [np.nan, 1], [3e-5, 1e-9], [1e-40], 1e38])
+def test_what_float16_cannot_hold_crosses_as_it_is(values):
+    array = np.array(values, np.float32)
+    _, back = through(wire.to_half, array)
+    np.testing.assert_array_equal(back, array)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 3, 2)])
+def test_difference_is_within_half_a_step(shape):
+    rng = np.random.RandomState(0)
+    base, array = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    _, back = through(wire.to_difference, array, base)
+    assert back.dtype == np.float32 and back.shape == shape
+    step = np.abs(array - base).max(initial=0) / 127
+    assert (np.abs(back - array) <= 0.51 * step + 1e-7).all()
+    assert np.array_equal(through(wire.to_difference, base, base)[1], base)
+
+
+@pytest.mark.parametrize("array, base", [([np.nan, 1], [0, 0]), ([3e38, 0], [-3e38, 0]), ([np.inf, 1], [0, 0])])
+def test_difference_that_is_not_finite_crosses_as_it_is(array, base):
+    array, base = np.float32(array), np.float32(base)
+    np.testing.assert_array_equal(through(wire.to_difference, array, base)[1], array)
+
+
+def test_what_a_difference_was_too_coarse_for_is_sent_with_the_next_ones():
+    """A device that moves one value far and the other little: after 50 rounds the sum of what arrived is whole."""
+    base = ndarrays_to_parameters([np.zeros(2, np.float32)])
+    holder, sender = wire.Holder(lambda: [True]), wire.Sender("int8", [True])
+    model, arrived = sender.model_of(base), np.zeros(2)
+    for turn in range(50):
+        holder.unpack(sender.pack(model, model if turn else None))
+        sent = holder.pack(ndarrays_to_parameters([np.float32([1, 0.001])]))
+        arrived += wire.read_npy(wire.restore_all(sent.tensors, model.tensors)[0])
+    np.testing.assert_allclose(arrived, [50, 0.05], atol=1 / 127)
+
+
+def test_buffers_and_integers_are_not_shrunk_and_tied_parameters_are():
+    model = LeNet5(3, 10)
+    names = [name for name, is_learned in zip(model.state_dict(), learned(model)) if not is_learned]
+    assert names == [f"layer{k}.1.{n}" for k in (1, 2) for n in ("running_mean", "running_var", "num_batches_tracked")]
+    tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
+    tied.append(tied[0])
+    assert learned(tied) == [True, True, False, False, True, True]
+
+
+def test_chain_of_differences_stays_where_both_ends_are():
+    """Twenty models, each sent as the difference to the one before: the device has what the server takes it to have."""
+    rng = np.random.RandomState(1)
+    arrays = get_arrays(LeNet5(3, 10))
+    marks = learned(LeNet5(3, 10))
+    sender, holder, held = wire.Sender("int8", marks), wire.Holder(lambda: marks), None
+    for turn in range(20):
+        arrays = [a + rng.normal(size=a.shape).astype(a.dtype) * a.dtype.type(0.01) for a in arrays]
+        model = sender.model_of(ndarrays_to_parameters(arrays))
+        packed = sender.pack(model, held)
+        assert (sum(map(len, packed.tensors)) < 0.3 * SIZE) is (turn > 0)
+        plain, held = holder.unpack(packed), model
+        assert plain.tensors == model.tensors
+        assert sender.model_of(ndarrays_to_parameters(arrays)) is model  # asked for again, it is the same
+    for mine, theirs in zip(parameters_to_ndarrays(plain), arrays):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_allclose(mine, theirs, atol=0.001)
+
+
+def test_name_of_a_model_that_is_not_held_is_an_error():
+    with pytest.raises(ValueError, match="takes this device to hold the model 12, not None"):
+        wire.Holder(lambda: []).unpack(Parameters([], "off 12"))
