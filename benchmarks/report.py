@@ -18,7 +18,7 @@ from helpers import ROOT
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
-METHODS = ["FedAvg", "FedProx, mu 0.01", "FedProx, mu 0.1", "FedBN", "FedMedian", "LeNet5 with group norm", "GroupNet"]
+METHODS = ["FedAvg", "FedProx, mu 0.01", "FedProx, mu 0.1", "FedBN", "FedMedian", "LeNet5 with group norm"]
 ALPHAS = (0.1, 0.5)
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
 NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
