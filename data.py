@@ -172,8 +172,8 @@ class BatchLoader:
 
     Cuts whole batches from the tensor in memory: a DataLoader fetches and collates image by image, which costs about
     as much as LeNet5 does, and copies to the GPU batch by batch. (index_select copies whole images, in a tenth of the
-    time that images[indices] takes.) A last batch of one image joins the one before it, for
-    batch norm has nothing to go by in a single example.
+    time that images[indices] takes.) A last batch of one image joins the one before it, for batch norm has nothing to
+    go by in a single example.
     """
 
     def __init__(self, dataset, batch_size, shuffle=False):

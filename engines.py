@@ -12,9 +12,8 @@ from libs import nn, np, say, torch, tqdm
 
 from nets import save_checkpoint
 
-SHIFT = (
-    2  # pixels by which --augment shifts an image at most: with the usual 4 a net learns slower than 100 rounds allow
-)
+# Pixels by which --augment shifts an image at most: with the usual 4 a net learns slower than 100 rounds allow.
+SHIFT = 2
 
 
 def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class MaxPool2d(nn.MaxPool2d):
         super().__init__(2)
 
     def forward(self, images):
-        if not images.is_cpu or images.shape[-2] % 2 or images.shape[-1] % 2:
+        if images.device.type != "cpu" or images.shape[-2] % 2 or images.shape[-1] % 2:
             return super().forward(images)
         return PoolFunction.apply(images)
 

@@ -78,6 +78,11 @@ def as_curves(row, clients):
     return figures
 
 
+def cid_order(cid):
+    """Sorts cids, str: as numbers where they are numbers, as text after those where they are Flower's own."""
+    return (int(cid), cid) if cid.isdecimal() else (math.inf, cid)
+
+
 def numbers(rows, name):
     """The figures under `name` that there are."""
     return [row[name] for row in rows if not math.isnan(row[name])]
@@ -143,7 +148,7 @@ class ClientHistory:
         rows = collections.defaultdict(list)
         for row in self.rows:
             rows[row["cid"]].append(row)
-        return {cid: rows[cid] for cid in sorted(rows, key=lambda cid: (len(cid), cid))}
+        return {cid: rows[cid] for cid in sorted(rows, key=cid_order)}
 
     def summarise(self, num_rounds):
         """What the user is told of each client at the end of `num_rounds` rounds: a list of lines."""

@@ -621,7 +621,7 @@ def prepare(args, root, new_registry, in_app=False):
     if args.augment:
         how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")
-    curves.show_split(info.get("split"), info["classes"])
+    curves.show_split(info["split"], info["classes"])
     curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
     record = Record(

@@ -21,7 +21,7 @@ from flwr.common import EvaluateRes, FitRes, Parameters, ndarrays_to_parameters,
 from flwr.server import strategy
 
 from nets import get_arrays
-from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record
+from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record, cid_order
 
 INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded
 RECORD_OPTIONS = ("last_round", "test_loaders", "about", "on_row", "log")
@@ -153,9 +153,8 @@ def add_figures(figures, metrics):
 
 
 def by_cid(result):
-    """Sorts results by cid: as numbers where they are numbers, as text after those where they are Flower's own."""
-    cid = str(result[0].cid)
-    return (int(cid), cid) if cid.isdecimal() else (math.inf, cid)
+    """Sorts results and instructions, pairs that begin with a client, by its cid."""
+    return cid_order(str(result[0].cid))
 
 
 class Arrays(Parameters):
@@ -314,8 +313,7 @@ class Checked:
         row["failures"], self.failures = self.failures, 0
         if self.started is not None:
             row["round_seconds"] = time.monotonic() - self.started
-        clients = sorted(self.clients.items(), key=lambda item: (len(item[0]), item[0]))  # by cid
-        self.record.add(row, self.arrays, dict(clients))
+        self.record.add(row, self.arrays, {cid: self.clients[cid] for cid in sorted(self.clients, key=cid_order)})
 
 
 class Mean(strategy.FedAvg):

@@ -23,7 +23,7 @@ import time
 import psutil
 import report
 import wifi
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, parse_names, write_json
 from helpers import free_port, lines, wait_until
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
@@ -393,18 +393,15 @@ def merge(old, about, notes, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)")
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs (default: 7); under 5 write no files")
-    args = parser.parse_args()
-    if unknown := set(args.benches) - set(BENCHES):
-        parser.error(f"no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    args = parse_names(parser, "bench", BENCHES)
     leave_on_signals()
     about, rows, started = about_this_run(), [], time.monotonic()
     with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)
-        if set(args.benches or BENCHES) - {"adam", "memory", "rounds", "wifi", "wire"}:
+        if set(args.names or BENCHES) - {"adam", "memory", "rounds", "wifi", "wire"}:
             bench.prepare()
-        for name in args.benches or BENCHES:
+        for name in args.names or BENCHES:
             begun = time.monotonic()
             rows += (measured := [{"bench": name, **row} for row in getattr(bench, name)()])
             print(f"[{name}: {time.monotonic() - begun:.0f} s]")
@@ -413,7 +410,7 @@ def main():
     print(f"{about['seconds']} s in all; {about}; {bench.notes}")
     if args.pairs >= 5:
         path = HERE / "results.json"
-        old = json.loads(path.read_text(encoding="utf-8")) if args.benches else {}
+        old = json.loads(path.read_text(encoding="utf-8")) if args.names else {}
         write_json(path, merge(old, about, bench.notes, rows))
         report.main()
 

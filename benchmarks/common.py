@@ -54,6 +54,15 @@ def write_json(path, what):
     print(f"written: {path}")
 
 
+def parse_names(parser, kind, known):
+    """The command line, with `names` among `known`, none for all; `kind` is what one of them is called."""
+    parser.add_argument("names", nargs="*", metavar=kind.upper(), help=f"of {', '.join(known)} (default: all)")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(known):
+        parser.error(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    return args
+
+
 def memory_of(pid, field="VmHWM"):
     """MiB of resident memory of a process: its peak (VmHWM) or what it has now (VmRSS); 0 when it is gone."""
     try:

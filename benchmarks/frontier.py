@@ -19,7 +19,7 @@ import time
 from libs import nn, torch
 
 import report
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
 
 import nets
 from data import load_shard, load_test
@@ -121,11 +121,8 @@ def time_steps():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("nets", nargs="*", help=f"of {', '.join(NETS)} (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    if unknown := set(args.nets) - set(NETS):
-        parser.error(f"unknown: {', '.join(unknown)}")
+    args = parse_names(parser, "net", NETS)
     leave_on_signals()
     path = HERE / "frontier.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"curves": {}}
@@ -133,7 +130,7 @@ def main():
     seconds = time_steps()
     results["steps"] = {
         name: {
-            "parameters": sum(parameter.numel() for parameter in NETS[name][0]().parameters()),
+            "parameters": nets.count_parameters(NETS[name][0]()),
             "ratio": statistics.median(mine / other for mine, other in zip(times, seconds["LeNet5"], strict=True)),
         }
         for name, times in seconds.items()
@@ -144,7 +141,7 @@ def main():
             "--dataset", DATASET, "--num_clients", NUM_CLIENTS, "--source", suite.root / "cifar-10-python.tar.gz"
         )
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for task in [pool.apply_async(train, (suite.root, name)) for name in args.nets or NETS]:
+            for task in [pool.apply_async(train, (suite.root, name)) for name in args.names or NETS]:
                 name, curve = task.get()
                 results["curves"][name] = curve
     write_json(path, results)

@@ -18,8 +18,6 @@ from helpers import ROOT
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
-METHODS = ["FedAvg", "FedProx, mu 0.01", "FedProx, mu 0.1", "FedBN", "FedMedian", "LeNet5 with group norm", "GroupNet"]
-ALPHAS = (0.1, 0.5)
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
 NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
     ("epoch of", "bare loop"),
@@ -353,21 +351,20 @@ def draw_frontier(path):
 
 
 def skew_figures():
-    """{(method, alpha, measure): the figures of all seeds}, in the order of the methods in skew.json."""
-    figures = {}
-    for name, alpha, _, measures in sorted(
-        read("skew.json")["runs"], key=lambda run: (METHODS.index(run[0]), *run[1:3])
-    ):
+    """(The methods, the alphas, {(method, alpha, measure): the figures of all seeds}) of skew.json, in its order."""
+    methods, alphas, figures = {}, {}, {}
+    for name, alpha, _, measures in read("skew.json")["runs"]:
+        methods[name], alphas[alpha] = None, None
         for measure, value in measures.items():
             figures.setdefault((name, alpha, measure), []).append(value)
-    return figures
+    return list(methods), list(alphas), figures
 
 
 def skew():
-    about, figures = read("skew.json"), skew_figures()
-    columns = [(alpha, measure) for alpha in ALPHAS for measure in ("test_accuracy", "global_eval_accuracy")]
+    about, (methods, alphas, figures) = read("skew.json"), skew_figures()
+    columns = [(alpha, measure) for alpha in alphas for measure in ("test_accuracy", "global_eval_accuracy")]
     rows = []
-    for name in METHODS:
+    for name in methods:
         cells = [figures[name, *column] for column in columns]
         rows.append([name, *(f"{sum(c) / len(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells)])
     header = ["method", *(f"alpha {alpha}, {measure}" for alpha, measure in columns)]
@@ -375,7 +372,7 @@ def skew():
     simulated = next(run[3] for run in about["runs"] if run[:3] == [name, alpha, seed])
     return (
         "CIFAR-10, 10 clients with 1,000 fit images on average, Dirichlet 0.1 and 0.5, 40 rounds; means over the last "
-        f"5 rounds and over {len(figures[METHODS[0], ALPHAS[0], 'test_accuracy'])} seeds, least and greatest in "
+        f"5 rounds and over {len(figures[methods[0], alphas[0], 'test_accuracy'])} seeds, least and greatest in "
         f"brackets:\n\n{table(header, rows)}\n\n"
         "![Accuracy of each method on the test set and on the devices' own images](skew.png)\n\n"
         f"Simulated in one process; by server.py and ten client.py, {name} with alpha {alpha} and seed {seed} has a "
@@ -385,34 +382,34 @@ def skew():
 
 
 def skew_in_short():
-    figures = skew_figures()
+    methods, alphas, figures = skew_figures()
     rows = []
-    for name in METHODS:
-        cells = [figures[name, alpha, "test_accuracy"] for alpha in ALPHAS]
+    for name in methods:
+        cells = [figures[name, alpha, "test_accuracy"] for alpha in alphas]
         rows.append([name, *(f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)])
     return (
         "Test accuracy after 40 rounds with 10 clients of 1,000 images of CIFAR-10, means of 3 seeds, least and "
         "greatest in brackets ([more](benchmarks/README.md#skew)):\n\n"
-        f"{table(['method', *(f'Dirichlet, alpha {alpha}' for alpha in ALPHAS)], rows)}"
+        f"{table(['method', *(f'Dirichlet, alpha {alpha}' for alpha in alphas)], rows)}"
     )
 
 
 def draw_skew(path):
     from matplotlib.figure import Figure
 
-    figures = skew_figures()
+    methods, alphas, figures = skew_figures()
     picture = Figure(figsize=(11, 4.2), layout="constrained")
     titles = {"test_accuracy": "on the test set", "global_eval_accuracy": "on the devices' own images"}
     for axes, (measure, title) in zip(picture.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for place, alpha in enumerate(ALPHAS):
-            for row, name in enumerate(METHODS):
+        for place, alpha in enumerate(alphas):
+            for row, name in enumerate(methods):
                 values, height = figures[name, alpha, measure], row + 0.25 * place - 0.12
                 colour = f"C{place}"
                 axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=4, alpha=0.35)
                 axes.plot(
                     sum(values) / len(values), height, "o", color=colour, label=f"alpha {alpha}" if row == 0 else None
                 )
-        axes.set_yticks(range(len(METHODS)), METHODS)
+        axes.set_yticks(range(len(methods)), methods)
         axes.set(xlabel=f"accuracy of the averaged model {title}")
         axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()

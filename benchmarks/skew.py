@@ -22,7 +22,7 @@ from pathlib import Path
 from libs import nn, torch
 
 import report
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
 from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
 
 import nets
@@ -138,12 +138,9 @@ def confirm(suite):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--confirm", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
-    if unknown := set(args.methods) - set(METHODS):
-        parser.error(f"unknown: {', '.join(unknown)}")
+    args = parse_names(parser, "method", METHODS)
     leave_on_signals()
     path = HERE / "skew.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
@@ -159,7 +156,7 @@ def main():
         if args.confirm:
             results["confirmed"] = [*CONFIRMED, confirm(suite)]
         else:
-            names = args.methods or list(METHODS)
+            names = args.names or list(METHODS)
             tasks = [(suite.root, name, alpha, seed) for seed in SEEDS for alpha in ALPHAS for name in names]
             results["runs"] = [run for run in results["runs"] if run[0] not in names]
             with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:

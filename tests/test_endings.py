@@ -85,7 +85,11 @@ class HangsUp(transport_pb2_grpc.FlowerServiceServicer):
 
 
 def test_lost_connections_leave_no_threads_files_or_memory_behind():
-    server, service = grpc.server(concurrent.futures.ThreadPoolExecutor(4)), HangsUp()
+    workers, service = concurrent.futures.ThreadPoolExecutor(4), HangsUp()
+    together = threading.Barrier(4)
+    for _ in range(4):  # a pool starts its threads one by one, as it needs them: have all four now
+        workers.submit(together.wait)
+    server = grpc.server(workers)
     transport_pb2_grpc.add_FlowerServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -278,7 +278,7 @@ def guarded(open_suite):
     guarded["open"].append(other.client(2, "--dataset", "Tiny", "--secret_file", files["open"]))
     guarded["missing"] = device.client(0, "--dataset", "Tiny")
     guarded["wrong"] = other.client(0, "--dataset", "Tiny", "--secret_file", files["wrong"])
-    server.wait_for("round 1 to 1", timeout=120)
+    server.wait_for("waiting for 1 of 1 clients", timeout=120)
 
     nothing = Stranger(laptop.port, lambda config: {})
     rude = Stranger(laptop.port, lambda config: {"cid": "\x1b[2J" + 1000 * "!", "proof": "\x1b[2J"})
@@ -372,7 +372,7 @@ def encrypted(open_suite, certificates):
     wrong = make_certificates(other, "127.0.0.1") / "ca.pem"
     no_certificate = other.root / "notes.txt"
     no_certificate.write_text("not a certificate")
-    server.wait_for("round 1 to 1", timeout=120)
+    server.wait_for("waiting for 1 of 1 clients", timeout=120)
     listening = sockets(server)[0]
     right = certificates / "ca.pem"
     refused = {

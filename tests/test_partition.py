@@ -172,15 +172,17 @@ def test_show_prints_what_is_there_and_changes_nothing(make, shapes_zip, capsys)
         make("Nothing", "--show")
 
 
-def test_partition_png_shows_each_class_as_high_as_its_count(make, shapes_zip):
-    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 2, "--partition", "shards")
+def test_partition_png_shows_each_class_of_each_client_as_high_as_its_count(make, shapes_zip):
+    args = ("--num_clients", 2, "--partition", "dirichlet", "--alpha", 0.5)
+    folder = make("Tiny", "--source", shapes_zip, *args, "--sizes", "lognormal")
     picture = np.array(Image.open(folder / "partition.png").convert("RGB"))
     assert 800 < picture.shape[1] < 1100 and 400 < picture.shape[0] < 520
     split = np.array(json.loads((folder / "dataset.json").read_text())["split"])
-    plot = picture[:, : picture.shape[1] * 3 // 4]  # without the legend
-    pixels = [(plot == np.round(np.array(TABLEAU[label]) * 255)).all(2).sum() for label in range(10)]
-    counts = split.sum(0)
-    assert np.allclose(np.array(pixels) / sum(pixels), counts / counts.sum(), atol=0.02), (pixels, counts)
+    # Two bars; right of the second is the legend.
+    bars = picture[:, : picture.shape[1] * 4 // 9], picture[:, picture.shape[1] * 4 // 9 : picture.shape[1] * 6 // 7]
+    colours = [np.round(np.array(colour) * 255) for colour in TABLEAU]
+    pixels = np.array([[np.all(bar == colour, axis=2).sum() for colour in colours] for bar in bars])
+    assert np.allclose(pixels / pixels.sum(), split / split.sum(), atol=0.01), (pixels, split)
 
 
 def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, shapes_zip):

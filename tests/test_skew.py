@@ -470,7 +470,10 @@ def test_run_ends_well_once_the_target_has_lasted_also_across_a_resume(tiny):
     assert list(history(tiny)["round"]) == list(range(1, 9))
     folder = tiny.ckps("Tiny")
     server, best = (torch.load(folder / name, weights_only=True) for name in ("server.ptl", "best.ptl"))
-    assert (server["round"], best["round"]) == (8, 8) and f"picture: {folder / 'metrics.png'}" in laptop.out
+    assert (server["round"], best["round"]) == (
+        8,
+        8,
+    ) and f"model: {folder / 'server.ptl'}; beside it best.ptl" in laptop.out
     before = {path: path.read_bytes() for path in folder.glob("*.*") if "client_" not in path.name}
     laptop = start("--num_rounds", 12, "--resume")  # as after a kill right before the end
     assert laptop.wait() == 0 and lines(laptop, "rounds 6 to 8: the run is over already"), laptop

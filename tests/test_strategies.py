@@ -275,7 +275,9 @@ def test_further_metrics_of_any_kind_end_nothing_and_are_in_no_mean(fedavg, drop
     assert drops == []
     names = {f"clients/{cid}/{name}" for cid in (0, 1) for name in {**METRICS, **GLOBAL_METRICS}}
     (figures,) = logged
-    assert set(figures) == names | set(METRICS) | set(GLOBAL_METRICS) | {"clients", "failures"}
+    means = {*METRICS, *GLOBAL_METRICS}
+    sections = {"/".join(name.rsplit("_", 1)) for name in means} | {"system/num_clients", "system/failures"}
+    assert set(figures) == names | means | sections | {"round", "num_clients", "failures"}
     row = pd.read_csv(tmp_path / "history.csv").iloc[0]
     assert row["fit_loss"] == 1.5 and row["clients"] == 2
 

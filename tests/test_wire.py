@@ -161,7 +161,7 @@ def test_compress_that_could_do_nothing_is_refused(tiny):
     nets = tiny.root / "nets.py"
     before, after = nets.read_text().split("NETS = ")
     double = "class Double(LeNet5):\n    def __init__(self, *args):\n        super().__init__(*args), self.double()\n"
-    nets.write_text(f"{before}{double}NETS = {after}".replace("(LeNet5,)", "(LeNet5, Double)"))
+    nets.write_text(f"{before}{double}NETS = {after}".replace("(LeNet5, GroupNet)", "(LeNet5, GroupNet, Double)"))
     server = tiny.server("--dataset", "Tiny", "--net", "Double", "--compress", "fp16")
     assert server.wait() == 2
     assert server.err == "server.py: --compress fp16 is for float32 parameters, and Double has none\n"
