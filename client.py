@@ -637,10 +637,9 @@ def client_fn(context):
     about = {"dataset": dataset, "args": dict(config), **(describe_in_checkpoint(info) if info else {})}
     device_id_ = f"simulated {cid}" if simulated else device_id(ckps / f"client_{cid}.id")
     properties = {"cid": cid, "dataset": dataset, "device_id": device_id_, "process": device_id_}
+    properties.update({"board": "simulated"} if simulated else describe_machine())
     path = ckps / f"client_{cid}.ptl"
-    if not simulated:
-        properties.update(describe_machine())
-    elif not context.run_config["fedbn"]:
+    if simulated and not context.run_config["fedbn"]:
         path = None  # no device that could use it, and a thousand files a round
     return Client(None, loaders, device, path, properties, about, load=load).to_client()
 

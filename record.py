@@ -57,6 +57,7 @@ SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that
 DRAW_EVERY = 30  # seconds, or twenty times as long as the last drawing took
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
+MANY = 100  # clients, beyond which clients.csv alone has the figures of each
 STALLED = 3600  # seconds without progress until the worker is given up, as on a network drive that hangs
 END = object()  # the end of the worker's queue
 
@@ -69,11 +70,12 @@ def measured(row):
 def as_curves(row, clients):
     """What wandb gets of a finished round, {name: value}: its row of history.csv, and the figures of its clients.
 
-    Each figure has its flat name and one in a section; `clients` is num_clients, since clients/ is a section.
+    Each figure has its flat name and one in a section; `clients` is num_clients, since clients/ is a section. No page
+    can show the curves of more than MANY clients.
     """
     row = {"num_clients" if name == "clients" else name: value for name, value in measured(row).items()}
     figures = {**row, **{SECTIONS[name]: value for name, value in row.items() if name in SECTIONS}}
-    for cid, told in clients.items():
+    for cid, told in clients.items() if len(clients) <= MANY else ():
         figures.update({f"clients/{cid}/{name}": told[name] for name in told if name != "examples"})
     return figures
 
@@ -174,6 +176,8 @@ class ClientHistory:
                 if trouble is not None:
                     facts.append(f"{trouble}, {count} of {len(rows)} rounds")
             lines.append(f"cid {cid}: {', '.join(facts)}")
+        if len(lines) > MANY:
+            lines = [f"the figures of each of {len(lines):,} clients are in {FILES['clients']}"]
         if len(usual) > 1:
             slowest = max(usual, key=usual.get)
             others = statistics.median(usual[cid] for cid in usual if cid != slowest)

@@ -61,7 +61,7 @@ from flwr.server.compat.app import start_grid
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
 from nets import batch_norm_names, build_net, count_parameters, find_net, fingerprint, learned, normalise_input, trial
-from record import Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
+from record import MANY, Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
 from wire import COMPRESS, Sender
@@ -662,6 +662,8 @@ def prepare(args, root, new_registry, in_app=False):
     }
 
     def describe_client(cid, properties):
+        if args.num_clients > MANY:
+            return
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
@@ -758,9 +760,7 @@ def run_app(grid, context):
     except Exception as error:
         code = fail(error)
     if code != 0:
-        raise RuntimeError(
-            f"exit code {code}; the lines of server.py say why"
-        )  # for Flower, which calls the run failed
+        raise RuntimeError(f"exit code {code}; the lines of server.py say why")  # so that Flower calls the run failed
 
 
 if __name__ == "__main__":

@@ -344,3 +344,19 @@ def test_best_starts_anew_on_new_data(tiny, shapes_zip):
     (aside,) = folder.parent.glob("Tiny.*/best.ptl")  # the old one is not lost
     assert torch.load(aside, weights_only=True)["metrics"]["test_accuracy"] == 0.99
     train(tiny, "--resume", num_rounds=3)  # nothing is other any more
+
+
+@pytest.mark.parametrize("number", [100, 101])
+def test_no_more_than_a_hundred_clients_have_curves_and_lines_of_their_own(tmp_path, capsys, number):
+    logged = {}
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", log=lambda figures, step: logged.update(figures))
+    told = {str(cid): {"examples": 5, "fit_loss": 1.0, "fit_seconds": 1.0 + cid} for cid in range(number)}
+    record.add({"round": 1, **FIGURES}, get_arrays(record.model), told)
+    record.close()
+    record.show_end()
+    out = capsys.readouterr().out
+    shown = [f"clients/{cid}/fit_loss" in logged for cid in told], [f"cid {cid}: 1 of 1" in out for cid in told]
+    assert shown == ([number <= 100] * number, [number <= 100] * number)
+    assert (f"the figures of each of {number} clients are in clients.csv" in out) == (number > 100)
+    assert f"slowest device: cid {number - 1}, fit {number:.1f} s" in out and logged["fit/loss"] == 1.5
+    assert len(pd.read_csv(tmp_path / "clients.csv")) == number
