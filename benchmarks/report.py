@@ -1,9 +1,9 @@
-"""Write what was measured into README.md and benchmarks/README.md, between their markers; draw both pictures.
+"""Write what was measured into README.md, benchmarks/README.md and docs/scale.md, between their markers; draw pictures.
 
     python benchmarks/report.py
 
-Reads figure.csv (the history of the run that reproduces the published figure), soak.json and results.json, so that no
-figure in the two is typed by hand. bench.py and soak.py call it when they have written theirs.
+Reads figure.csv (the history of the run that reproduces the published figure) and the .json files of the others, so
+that no figure on these pages is typed by hand. bench.py and soak.py call it when they have written theirs.
 """
 
 import json
@@ -419,7 +419,101 @@ def draw_skew(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two files: what stands between the markers of each.
+# Growth.
+
+
+def read_growth(kind):
+    """{number of clients: what growth.py has measured of a run with so many}, by number."""
+    measured = {int(number): figures for number, figures in read("growth.json")[kind].items()}
+    return dict(sorted(measured.items()))
+
+
+def straight_line(measured):
+    """{number of clients: seconds of a round}, if a round took as long for each as it does with the fewest."""
+    fewest = min(measured)
+    return {number: measured[fewest]["round_seconds"] * number / fewest for number in measured}
+
+
+def growth():
+    simulated, own, about = read_growth("simulation"), read_growth("scripts"), read("growth.json")["about"]
+    lines, rows = straight_line(simulated), []
+    for number, measured in simulated.items():
+        seconds = f"{measured['round_seconds']:.1f}", f"{lines[number]:.1f}"
+        rows.append([f"{number:,}", *seconds, f"{measured['server_mib']:.0f}", f"{measured['worker_mib']:.0f}"])
+    idle, idle_lines = [], straight_line(own)
+    for number, measured in own.items():
+        seconds = f"{1000 * measured['round_seconds']:,.0f}", f"{1000 * idle_lines[number]:,.0f}"
+        idle.append([f"{number:,}", *seconds, f"{measured['server_mib']:.0f}"])
+    rounds = next(iter(simulated.values()))["n"]
+    return (
+        "Simulated clients (`make simulate`): one epoch of LeNet5 over 40 images and an evaluation of 10 each, all in "
+        f"each round; medians of {rounds} rounds after the first, in which each process reads its shards:\n\n"
+        f"{table(['clients', 'seconds a round', 'straight line', 'server, MiB', 'a worker, MiB'], rows)}\n\n"
+        "Our own server, with clients that answer at once, threads in other processes of the same machine, so that a "
+        "round costs what the server and the messages cost:\n\n"
+        f"{table(['clients', 'milliseconds a round', 'straight line', 'server, MiB'], idle)}\n\n"
+        "The straight line is what the fewest clients of the table took, times the number. Memory is the peak.\n\n"
+        "![Seconds a round and memory over the number of clients](growth.png)\n\n"
+        f"(Simulation: {machine(about['simulation'])}. Own server: {machine(about['scripts'])}.)"
+    )
+
+
+def aggregation():
+    costs = {number: measured["seconds_a_result"] for number, measured in read_growth("aggregation").items()}
+    (small, *_, large), (quick, *_, slow) = costs, costs.values()
+    return (
+        f"- **Aggregation** of 1,000 results takes {1000 * quick:.2g} s for {small:,} parameters and {1000 * slow:.2g} s "
+        f"for {large:,}; one core, in float64."
+    )
+
+
+def ways():
+    about = read("ways.json")
+    names = ("scripts", "simulation", "deployment")
+    wanted = (
+        ("round_seconds", "seconds a round", "{:.3g}"),
+        ("beside_seconds", "of them beside the slowest fit and evaluate", "{:.3g}"),
+        ("device_mib", "memory of a device at its peak, MiB (simulation: of a core's worker)", "{:.0f}"),
+        ("device_killed_seconds", "the round in which a device is killed, seconds", "{:.1f}"),
+        ("device_back_seconds", "until it is back once started again, seconds", "{:.1f}"),
+        ("server_killed_seconds", "from the start of a killed server to the end of its next round, seconds", "{:.1f}"),
+    )
+    rows = [
+        [what, *(shape.format(about[way][key]) if key in about[way] else "–" for way in names)]
+        for key, what, shape in wanted
+    ]
+    rounds = about["scripts"]["n"]
+    return (
+        f"{table(['measured', *names], rows)}\n\n"
+        "LeNet5 with 2 clients of 240 fit and 60 eval images, on one machine that all processes share; medians of "
+        f"{rounds} rounds, each kill once. Memory is the sum of what a device's processes have resident. "
+        f"(`benchmarks/ways.py`; {machine(about['about'])}.)"
+    )
+
+
+def draw_growth(path):
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(10, 4), layout="constrained")
+    times, memory = picture.subplots(1, 2)
+    for kind, label in (("simulation", "simulation, training"), ("scripts", "own server, idle clients")):
+        measured = read_growth(kind)
+        (line,) = times.plot(measured.keys(), [row["round_seconds"] for row in measured.values()], "o-", label=label)
+        straight = straight_line(measured)
+        times.plot(straight.keys(), straight.values(), ":", color=line.get_color(), label="its straight line")
+        memory.plot(measured.keys(), [row["server_mib"] for row in measured.values()], "o-", label=label)
+    times.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds a round")
+    memory.set(xscale="log", xlabel="clients", ylabel="server's peak memory, MiB")
+    memory.set_ylim(bottom=0)
+    for axes in (times, memory):
+        axes.grid(alpha=0.3)
+    times.legend()
+    picture.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pages: what stands between the markers of each.
 
 PAGES = {
     ROOT / "README.md": {
@@ -435,8 +529,10 @@ PAGES = {
         "skew": skew,
         "soak": soak,
         "compress": compress,
+        "growth": growth,
         "bench": bench,
     },
+    ROOT / "docs" / "scale.md": {"ways": ways, "aggregation": aggregation},
 }
 
 
@@ -460,6 +556,7 @@ def main():
     draw(HERE / "results.png", read("results.json"))
     draw_frontier(HERE / "frontier.png")
     draw_skew(HERE / "skew.png")
+    draw_growth(HERE / "growth.png")
     draw_figure(HERE / "figure.png")
 
 

@@ -16,7 +16,7 @@ from nets import LeNet5, save_checkpoint
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/scale.md"])
 def test_figures_are_those_that_were_measured(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import report
