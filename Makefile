@@ -1,4 +1,5 @@
 # make demo    train with a server and clients on this machine (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set)
+# make simulate    train many clients on this machine, on Flower's simulation engine (these and ARGS can be set)
 # make test    lint, and all tests
 # make bench   measure speed and memory beside their references
 # make soak    train under a hail of faults, and without
@@ -7,9 +8,8 @@
 # make test-arm64    the README's steps for a device, on emulated ARM cores       (these three: as root, on Debian;
 # make test-deploy   make deploy to three booted systems, with power cuts          what they fetch or make once is
 # make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11              kept in ~/.cache/fl-iot)
-# make simulate  train many clients on this machine, on Flower's simulation engine (NUM_CLIENTS, ARGS, … can be set)
-# make test-engines  both of Flower's engines, for real: Ray is heavy, so not a part of make test
-# make test-newest   the whole suite with the newest of everything that requirements.txt lets in
+# make test-engines  both of Flower's engines, for real                            (with Ray, which is heavy)
+# make test-newest   all tests with the newest of what requirements.txt lets in    (6 GB: the newest torch brings CUDA)
 # Each sets up .venv first, from python3 and a package registry. SETUP_PYTHON=python3.12 takes another Python.
 
 SETUP_PYTHON ?= python3
@@ -77,7 +77,7 @@ test: .venv/setup-test .venv-deploy/setup
 	$(PYTHON) -m pytest
 
 test-engines: .venv-simulation/setup
-	.venv-simulation/bin/python -m pytest -x -s tests/engines/simulation.py tests/engines/deployment.py
+	.venv-simulation/bin/python -m pytest -s tests/engines/simulation.py tests/engines/deployment.py
 
 test-newest: .venv-deploy/setup
 	@$(SETUP_PYTHON) -m venv .venv-newest

@@ -1,7 +1,7 @@
 """Who is connected to the server: each client's handshake, its heartbeat, and the questions that it is asked.
 
 server.py runs the rounds with the clients that a Registry has admitted. This half of the server knows the wire and no
-rounds, that one the rounds and no wire; Flower's engines, which have a wire of their own, have no need of this one.
+rounds, that one the rounds and no wire. On Flower's engines, which have a wire of their own, Nodes stands for it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
         (line,) = re.findall(r"^ExecStart=(.*)", (tmp_path / "unit").read_text(), re.MULTILINE)
         started.append(shlex.split(line))
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    command = shlex.split(re.search(r"\.venv/bin/(flower-supernode .*)", readme)[1])
+    command = shlex.split(re.search(r"^ {4}(flower-supernode .*)", readme, re.MULTILINE)[1])
     names = {"certificates/ca.pem": "ca.pem", "device_3": "supernode_key"}  # as the playbook copies them
     assert started[0] == [
         "/home/pi/FL-IoT/.venv/bin/flower-supernode",

@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import NUM_CLIENTS, NUM_ROUNDS, compare
-from helpers import ROOT, Process, free_port, history, lines
+from conftest import NUM_CLIENTS, NUM_ROUNDS, compare, train_by_scripts
+from helpers import ROOT, Process, Suite, free_port, history, lines
 
 TOOLS = Path(sys.executable).parent
 
@@ -16,7 +18,7 @@ TOOLS = Path(sys.executable).parent
 def commands():
     """The commands of the README's section, in order."""
     section = (ROOT / "README.md").read_text().split("### Devices on Flower's deployment engine")[1].split("\n#")[0]
-    return re.findall(r"^    ((?:deploy/|ssh-keygen|\.venv/).*)$", section.replace("\\\n", ""), re.MULTILINE)
+    return re.findall(r"^    ((?:deploy/|ssh-keygen|flower-|flwr ).*)$", section.replace("\\\n", ""), re.MULTILINE)
 
 
 class Shelf:
@@ -27,28 +29,46 @@ class Shelf:
         suite.env.update(FLWR_HOME=str(suite.root / "flower"), PATH=f"{TOOLS}:{suite.env['PATH']}")
         suite.env.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 
-    def words(self, command, cid=0):
-        """A command of the README as it is for this shelf."""
-        fits = {"0.0.0.0": "127.0.0.1", "LAPTOP_IP": "127.0.0.1", ":8000": f":{self.port}", "CIFAR10": "Tiny"}
-        fits.update(
-            {"num_clients=10": f"num_clients={NUM_CLIENTS} seed=1", "num_rounds=100": f"num_rounds={NUM_ROUNDS}"}
-        )
-        fits.update({"cid=3": f"cid={cid}", "device_3": f"device_{cid}", "/home/pi/FL-IoT": str(self.suite.root)})
-        fits.update({"$PWD": str(self.suite.root), ".venv/bin": str(TOOLS)})
+    def words(self, command, number=0, cid=None, folder=None):
+        """A command of the README as it is for this shelf: for the device with the key `number`, its cid and folder."""
+        fits = {
+            "0.0.0.0": "127.0.0.1",
+            "LAPTOP_IP": "127.0.0.1",
+            ":8000": f":{self.port}",
+            "$PWD": str(self.suite.root),
+            "CIFAR10": "Tiny",
+            "num_clients=10": f"num_clients={NUM_CLIENTS} seed=1",
+            "device_3": f"device_{number}",
+            "cid=3": f"cid={number if cid is None else cid}",
+            "/home/pi/FL-IoT": str(folder or self.suite.root),
+        }
         for text, fit in fits.items():
             command = command.replace(text, fit)
         return shlex.split(command)
 
-    def start(self, command, cid=0, *more):
+    def start(self, command, *more, **device):
         log = self.suite.root / f"process_{len(self.suite.processes)}"
-        process = Process([*self.words(command, cid), *more], log, self.suite.env, self.suite.root)
+        process = Process([*self.words(command, **device), *more], log, self.suite.env, self.suite.root)
         self.suite.processes.append(process)
         return process
 
-    def run(self, command, cid=0):
-        process = self.start(command, cid)
+    def write_config(self):
+        """Flower's file in which the README's `laptop` is this machine."""
+        (self.suite.root / "flower").mkdir()
+        config = f'[superlink.laptop]\naddress = "127.0.0.1:{self.port}"\n'
+        config += f'root-certificates = "{self.suite.root}/certificates/ca.pem"\n'
+        (self.suite.root / "flower" / "config.toml").write_text(config)
+
+    def run(self, command, **device):
+        process = self.start(command, **device)
         assert process.wait(60) == 0, process
         return process.out
+
+    def train(self, command, num_rounds):
+        process = self.start(command.replace("num_rounds=100", f"num_rounds={num_rounds}"))
+        process.wait_for(f"round {num_rounds}/{num_rounds}  fit_loss", 480, poll=0.5)
+        process.wait_for("model: ", 60)
+        return process
 
     def close(self):
         """End what still runs; what Flower starts for each message ends when its parent has."""
@@ -67,25 +87,46 @@ def shelf(app):
     shelf.close()
 
 
-def test_the_same_run_by_the_readme(shelf, app, by_scripts):
+@pytest.fixture
+def other_cut(tmp_path, shapes_zip):
+    """The folder of a device that has not got the newest bundle."""
+    (tmp_path / "other_cut").mkdir()
+    suite = Suite(tmp_path / "other_cut")
+    suite.partition("--dataset", "Tiny", "--source", shapes_zip, "--num_clients", NUM_CLIENTS, "--seed", 7)
+    return suite.root
+
+
+def test_the_same_run_by_the_readme_and_on_from_it(shelf, app, by_scripts, datasets, other_cut):
     certificates, superlink, keygen, register, supernode, run = commands()
     shelf.run(certificates)
-    (app.root / "flower").mkdir()
-    config = f'[superlink.laptop]\naddress = "127.0.0.1:{shelf.port}"\n'
-    config += f'root-certificates = "{app.root}/certificates/ca.pem"\n'
-    (app.root / "flower" / "config.toml").write_text(config)
-    laptop = shelf.start(superlink, 0, "--port", str(shelf.port))
+    shelf.write_config()
+    laptop = shelf.start(superlink, "--port", str(shelf.port))
     laptop.wait_for("Uvicorn running", 60)
-    nodes = []
-    for cid in range(NUM_CLIENTS + 1):  # the last of them is a stranger
-        shelf.run(keygen, cid)
-        if cid < NUM_CLIENTS:
-            assert "registered successfully" in shelf.run(register, cid)
-        nodes.append(shelf.start(supernode, cid, "--port", str(free_port())))
-    assert nodes[-1].wait(60) != 0
-    training = shelf.start(run)
-    training.wait_for(f"round {NUM_ROUNDS}/{NUM_ROUNDS}  fit_loss", 480, poll=0.5)
-    training.wait_for("history: ", 60)
-    compare(by_scripts, history(app), "deployment")
+
+    def start_device(number, registered=True, **device):
+        shelf.run(keygen, number=number)
+        if registered:
+            assert "registered successfully" in shelf.run(register, number=number)
+        return shelf.start(supernode, "--port", str(free_port()), number=number, **device)
+
+    for cid in range(NUM_CLIENTS):
+        start_device(cid)
+    assert start_device(NUM_CLIENTS, registered=False).wait(60) != 0
+
+    training = shelf.train(run, NUM_ROUNDS)
+    by_deployment = history(app)
+    compare(by_scripts, by_deployment, "deployment")
     assert [len(lines(training, f"cid {cid} joined")) for cid in range(NUM_CLIENTS)] == [1] * NUM_CLIENTS
     assert all((app.ckps("Tiny") / f"client_{cid}.ptl").exists() for cid in range(NUM_CLIENTS))
+
+    train_by_scripts(app, NUM_ROUNDS + 1, "--resume")
+    twin = app.root / "twin"
+    shutil.copytree(datasets, twin / "datasets")
+    start_device(NUM_CLIENTS + 1, cid=0, folder=twin)
+    start_device(NUM_CLIENTS + 2, cid=1, folder=other_cut)
+    training = shelf.train(run.replace("num_clients", "resume=true num_clients"), NUM_ROUNDS + 2)
+    rows = history(app)
+    assert list(rows["round"]) == list(range(1, NUM_ROUNDS + 3)) and set(rows["clients"]) == {NUM_CLIENTS}
+    pd.testing.assert_frame_equal(rows[:NUM_ROUNDS], by_deployment)
+    for words in ("cid 0: cid 0 is in use by another device", "cid 1: its shard is not of the server's cut of Tiny"):
+        assert len(lines(training, f"turned away {words}")) == 1, training

@@ -40,7 +40,9 @@ def test_the_same_run_and_on_from_it(app, by_scripts):
     assert wandb_steps(wandb_folders(app)[0]) == list(range(1, NUM_ROUNDS + 1))
     clients = pd.read_csv(app.ckps("Tiny") / "clients.csv")
     assert sorted(set(clients["cid"])) == [0, 1, 2, 3] and len(clients) == 4 * NUM_ROUNDS
-    assert {path.name for path in app.ckps("Tiny").glob("*.p*")} == {"server.ptl", "best.ptl", "metrics.png"}
+    assert {path.name for path in app.ckps("Tiny").glob("*.p*")} == {
+        *("server.ptl", "best.ptl", "metrics.png", "confusion.png", "devices.png")
+    }
 
     train_by_scripts(app, NUM_ROUNDS + 1, "--resume")
     run = simulate(app, "--num_rounds", NUM_ROUNDS + 2, "--resume", "--fraction_fit", 0.5)
