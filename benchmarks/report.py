@@ -462,8 +462,8 @@ def aggregation():
     costs = {number: measured["seconds_a_result"] for number, measured in read_growth("aggregation").items()}
     (small, *_, large), (quick, *_, slow) = costs, costs.values()
     return (
-        f"- **Aggregation** of 1,000 results takes {1000 * quick:.2g} s for {small:,} parameters and {1000 * slow:.2g} s "
-        f"for {large:,}; one core, in float64."
+        f"- **Aggregation** of 1,000 results takes {1000 * quick:.2g} s for {small:,} parameters and "
+        f"{1000 * slow:.2g} s for {large:,}; one core, in float64."
     )
 
 
