@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, commands_in_readme, free_port
 
 PLAYBOOK = ROOT / ".venv-deploy" / "bin" / "ansible-playbook"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -73,8 +73,8 @@ def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
         assert done.returncode == 0, done
         (line,) = re.findall(r"^ExecStart=(.*)", (tmp_path / "unit").read_text(), re.MULTILINE)
         started.append(shlex.split(line))
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    command = shlex.split(re.search(r"^ {4}(flower-supernode .*)", readme, re.MULTILINE)[1])
+    (command,) = commands_in_readme("Devices on Flower's deployment engine", "flower-supernode")
+    command = shlex.split(command)
     names = {"certificates/ca.pem": "ca.pem", "device_3": "supernode_key"}  # as the playbook copies them
     assert started[0] == [
         "/home/pi/FL-IoT/.venv/bin/flower-supernode",

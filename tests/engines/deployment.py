@@ -1,6 +1,5 @@
 """The README's steps for Flower's deployment engine, as they stand there, with TLS and registered keys, on loopback."""
 
-import re
 import shlex
 import shutil
 import subprocess
@@ -10,15 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import NUM_CLIENTS, NUM_ROUNDS, compare, train_by_scripts
-from helpers import ROOT, Process, Suite, free_port, history, lines
+from helpers import Process, Suite, commands_in_readme, free_port, history, lines
 
 TOOLS = Path(sys.executable).parent
 
 
 def commands():
     """The commands of the README's section, in order."""
-    section = (ROOT / "README.md").read_text().split("### Devices on Flower's deployment engine")[1].split("\n#")[0]
-    return re.findall(r"^    ((?:deploy/|ssh-keygen|flower-|flwr ).*)$", section.replace("\\\n", ""), re.MULTILINE)
+    return commands_in_readme("Devices on Flower's deployment engine", "deploy/", "ssh-keygen", "flower-", "flwr ")
 
 
 class Shelf:

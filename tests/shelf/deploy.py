@@ -7,12 +7,13 @@ wheelhouse.
 import contextlib
 import csv
 import re
+import shlex
 import shutil
 import time
 
 import pytest
 from devices import ADDRESS, Shelf, in_lab
-from helpers import ROOT, Process, Suite, write_images
+from helpers import ROOT, Process, Suite, commands_in_readme, write_images
 from roots import fetch, need, tell
 
 NAMES = ["dev1", "dev2", "dev3"]
@@ -324,3 +325,43 @@ def test_restart_and_stop(laptop, server, shelf):
     assert recap(laptop.make("deploy"))[0] == dict.fromkeys(NAMES, 1)  # it is started again
     last = int(float(laptop.rows()[-1]["round"]))
     laptop.await_round(server, 3, last)
+
+
+def test_one_variable_makes_supernodes_of_them(laptop, server, shelf):
+    """The README's steps on the laptop for Flower's deployment engine, and the playbook on the devices."""
+    server.kill()
+    shutil.copy(ROOT / "pyproject.toml", laptop.root)
+    inventory = (laptop.root / "shelf.ini").read_text()
+    inventory = re.sub(r"^(dev\d .* cid=(\d))$", r"\1 supernode_key=device_\2", inventory, flags=re.MULTILINE)
+    inventory = inventory.replace("client_flags=--num_threads 1", "supernode=true")
+    inventory = inventory.replace("secret_file=secret", "root_certificate=certificates/ca.pem")
+    (laptop.root / "shelf.ini").write_text(inventory)
+    laptop.env.update(PATH=f"{ROOT}/.venv/bin:{laptop.env['PATH']}", FLWR_HOME=str(laptop.root / "flower"))
+    laptop.env.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
+    (laptop.root / "flower").mkdir()
+    link = f'[superlink.laptop]\naddress = "{ADDRESS}:8000"\nroot-certificates = "{laptop.root}/certificates/ca.pem"\n'
+    (laptop.root / "flower" / "config.toml").write_text(link)
+
+    def start(command, number=0):
+        fits = {"LAPTOP_IP": ADDRESS, "device_3": f"device_{number}", "$PWD": str(laptop.root), "CIFAR10": "Tiny"}
+        fits.update({"num_clients=10": "num_clients=3", "num_rounds=100": "num_rounds=2"})
+        for text, fit in fits.items():
+            command = command.replace(text, fit)
+        log = laptop.root / f"process_{len(laptop.processes)}"
+        laptop.processes.append(Process(in_lab(*shlex.split(command)), log, laptop.env, laptop.root))
+        return laptop.processes[-1]
+
+    section = "Devices on Flower's deployment engine"
+    starts = ("deploy/", "flower-superlink", "ssh-keygen", "flwr supernode", "flwr run")
+    certificates, superlink, keygen, register, run = commands_in_readme(section, *starts)
+    assert start(certificates).wait() == 0
+    start(superlink).wait_for("Uvicorn running")
+    for number in range(3):
+        assert start(keygen, number).wait() == 0
+        assert start(register, number).wait() == 0
+    laptop.make("deploy")
+    assert recap(laptop.make("deploy"))[0] == dict.fromkeys(NAMES, 0)
+    training = start(run)
+    training.wait_for("round 2/2  fit_loss", 400, poll=0.5)
+    training.wait_for("model: ", 60)
+    assert [int(row["clients"]) for row in laptop.rows()] == [3, 3]
