@@ -34,7 +34,8 @@ import traceback
 from pathlib import Path
 
 from libs import (
-    ROOT,
+    CKPS,
+    DATASETS,
     UserError,
     find_folder,
     join_address,
@@ -544,7 +545,7 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    run = prepare(args, ROOT, functools.partial(Registry, secret=secret, port=args.server_port))
+    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=secret, port=args.server_port))
     if run is None:
         return 0
     if secret is None and not is_loopback(args.server_address):
@@ -571,8 +572,8 @@ class Run:
     lock: object
 
 
-def prepare(args, root, new_registry, in_app=False):
-    """Read and check what lies in the suite's folder `root`: the Run of `args`, or None where all of it is done.
+def prepare(args, datasets, ckps, new_registry, in_app=False):
+    """Read and check what lies in the folders `datasets` and `ckps`: the Run of `args`, None where all of it is done.
 
     `new_registry` makes the registry of those who take part: a registry.Registry or Nodes. In a Flower App, where each
     message may meet a new process, all of them tell which net to train, on which cut of the data.
@@ -580,14 +581,14 @@ def prepare(args, root, new_registry, in_app=False):
     net = find_net(args.net)
     if args.augment is None:
         args.augment = getattr(net, "augment", False)
-    test, info = load_test(root / "datasets" / args.dataset, net.image_size)
+    test, info = load_test(datasets / args.dataset, net.image_size)
     count_clients(args, info["num_clients"])
     num_fit, model = count_fits(args), new_model(args, info)
     if args.target_accuracy is not None and args.num_rounds < LASTING:
         raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
     if args.compress != "off" and not any(learned(model)):
         raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
-    folder = root / "ckps" / args.dataset
+    folder = ckps / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
     lock = hold_folder(folder, args.dataset)
@@ -611,7 +612,7 @@ def prepare(args, root, new_registry, in_app=False):
         return None
 
     # The parts, from the last to the first.
-    facts = describe_data(root / "datasets" / args.dataset)
+    facts = describe_data(datasets / args.dataset)
     config = {**settings, "data": facts, **describe_code()}
     curves, where = start_wandb(args.dataset, run_id, config, rows)
     say(describe_task(args, info, facts, model))
@@ -753,7 +754,7 @@ def run_app(grid, context):
         args = parse_args({name: value for name, value in context.run_config.items() if name != "folder"})
         if not args.verbose:
             quiet_flower()
-        run = prepare(args, folder, Nodes, in_app=True)
+        run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
         if run is not None:
             say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients")
             code = train(run, start_grid, grid=grid)
