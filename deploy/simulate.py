@@ -4,8 +4,8 @@
     make simulate NUM_CLIENTS=1000 NUM_ROUNDS=20 ARGS="--fraction_fit 0.1 --seed 1"
     .venv-simulation/bin/python deploy/simulate.py --num_clients 100 --num_rounds 5
 
-Takes the flags of server.py, but those of its wire. Cuts the dataset into as many shards first, where it is cut
-otherwise. Leaves what server.py leaves. Ctrl-C ends it, and every process of Flower and Ray with it.
+Takes the flags of server.py, but those of its wire. Cuts the dataset into as many shards first, where it is not, but
+never one with bundles for devices. Leaves what server.py leaves. Ctrl-C ends it, and every process of Flower and Ray with it.
 """
 
 import contextlib
@@ -60,19 +60,24 @@ def parse_args():
 
 
 def partition(dataset, num_clients):
-    """Cut the dataset into `num_clients` shards, where it is not. Returns how many there are."""
-    folder = ROOT / "datasets" / dataset
+    """Cut the dataset into `num_clients` shards, where it is not, and else as it was. Returns how many there are."""
+    folder, settings = ROOT / "datasets" / dataset, {}
     if folder.is_dir():
         there = describe_dataset(dataset, folder)["num_clients"]
         if there is not None and num_clients in (None, there):
             return there
-        scheme = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("partition") if there else None
-        if scheme != "iid":
+        if (folder / "bundles").is_dir():
             raise UserError(
-                f"{dataset} is cut into {there} shards, {scheme}: cut it into {num_clients} by partition.py"
+                f"{dataset} is cut into {there} shards, and devices may have its bundles, which a new cut would make "
+                f"useless: cut it into {num_clients} by partition.py, or take another --dataset"
             )
+        info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        settings = {name: info.get(name) for name in ("fit", "partition", "sizes", "alpha", "eval_fraction", "seed")}
+        settings["image_size"] = "x".join(map(str, info["image_size"])) if "image_size" in info else None
     num_clients = num_clients or 100
     command = [sys.executable, ROOT / "partition.py", "--dataset", dataset, "--num_clients", str(num_clients)]
+    for name, value in settings.items():
+        command += [f"--{name}={value}"] if value is not None else []
     if os.environ.get("SOURCE"):
         command += ["--source", os.environ["SOURCE"]]
     code = subprocess.run(command).returncode

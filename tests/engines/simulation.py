@@ -6,7 +6,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import NUM_ROUNDS, SAME, compare, train_by_scripts
-from helpers import history, lines, wait_until, wandb_folders, wandb_steps
+from helpers import history, lines, shards, tree, wait_until, wandb_folders, wandb_steps
 
 
 def simulate(suite, *args):
@@ -64,11 +64,26 @@ def test_ctrl_c_leaves_nothing_behind(app):
     assert len(history(app)) >= 2
 
 
+def test_another_number_of_clients_is_cut_as_the_first_was(app, shapes_zip):
+    args = ("--partition", "dirichlet", "--alpha", 5, "--seed", 3, "--eval_fraction", 0.3, "--source", shapes_zip)
+    app.partition("--dataset", "Other", "--num_clients", 2, *args)
+    app.env["SOURCE"] = str(shapes_zip)
+    run = app.start("deploy/simulate.py", "--dataset", "Other", "--num_clients", 3, "--num_rounds", 1)
+    assert run.wait(180) == 0 and list(history(app, "Other")["clients"]) == [3], run
+    cut = pd.concat(shards(app.root / "datasets/Other"))
+    app.partition("--dataset", "Other", "--num_clients", 3, *args)
+    pd.testing.assert_frame_equal(pd.concat(shards(app.root / "datasets/Other")), cut)
+
+
 def test_mistakes_end_it_in_one_line(app):
+    (app.root / "datasets/Tiny/bundles").mkdir()
+    before = tree(app.root / "datasets")
     for args, words in (
+        (["--num_clients", "5"], "Tiny is cut into 4 shards, and devices may have its bundles"),
         (["--num_rounds", "x"], "x is not a whole number"),
         (["--server_port", "99"], "--server_port has no effect in a simulation"),
         (["--num_rounds", "1", "--resume", "nowhere"], "cannot resume from nowhere: there is no server.ptl in it"),
     ):
         run = simulate(app, *args)
         assert run.wait(120) == 2 and len(run.err.splitlines()) == 1 and words in run.err, run
+    assert tree(app.root / "datasets") == before
