@@ -84,6 +84,7 @@ test-newest: .venv-deploy/setup
 	.venv-newest/bin/python -m pip install -qq --upgrade --requirement requirements.txt hypothesis pillow psutil pytest
 	.venv-newest/bin/python -m pip list --format freeze
 	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest -s tests/engines/deployment.py
 
 bench: .venv/setup-test
 	$(PYTHON) benchmarks/bench.py

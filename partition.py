@@ -755,6 +755,7 @@ def write_dataset(folder, args):
         "sizes": args.sizes,
         "alpha": args.alpha if args.partition == "dirichlet" else None,
         "eval_fraction": args.eval_fraction,
+        "test_fraction": args.test_fraction,  # where the source has no test set
         "seed": args.seed,
         "split": [np.bincount(labels["train"][ids], minlength=len(classes)).tolist() for ids in shards],
         "source": source,

@@ -280,7 +280,7 @@ class Registry(SimpleClientManager):
         self.sender = sender or Sender()
         self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
         self.on_join = on_join  # called with the cid and the properties of each client that is admitted
-        self.connections = set()  # Flower's ids of the open ones, admitted or not
+        self.connections = {}  # Flower's proxies of the open ones by their ids, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
 
@@ -288,7 +288,7 @@ class Registry(SimpleClientManager):
         """Flower's: `client` is its proxy of a new connection."""
         if self.closed:
             raise ConnectionAbortedError("the server is about to stop")
-        self.connections.add(client.cid)
+        self.connections[client.cid] = client
         if self.port is not None:
             for sock in tcp_sockets(self.port):
                 keep_alive(sock)
@@ -298,7 +298,8 @@ class Registry(SimpleClientManager):
     def unregister(self, client):
         """Flower's: the connection of its proxy `client` has ended."""
         with self._cv:
-            self.connections.discard(client.cid)
+            if self.connections.get(client.cid) is client:
+                del self.connections[client.cid]
             for admitted in list(self.clients.values()):
                 if admitted.proxy is client:
                     self.remove(admitted)
@@ -336,7 +337,7 @@ class Registry(SimpleClientManager):
         before = None
         while True:
             with self._cv:
-                if client.proxy.cid not in self.connections or self.closed:
+                if self.connections.get(client.proxy.cid) is not client.proxy or self.closed:
                     return False
                 other = self.clients.get(client.cid)
                 before = other or before
@@ -451,7 +452,7 @@ class Nodes(Registry):
         # A simulation looks ten times a second for each answer; a thousand such threads would leave no core to train.
         turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
         said = None
-        while proxy.cid in self.connections and not self.closed:
+        while self.connections.get(proxy.cid) is proxy and not self.closed:  # after a restart it is another one
             try:
                 with turn:
                     properties = ask_node(proxy, self.num_clients, self.task)
@@ -462,6 +463,11 @@ class Nodes(Registry):
                     say(f"turned away cid {reason.cid}: {reason}")
                 said = str(reason)
             time.sleep(ASK_AGAIN)
+
+    def remove(self, client):
+        """Let a client go that Flower has lost. One that is only late is asked again: nobody would register it anew."""
+        if self.connections.get(client.proxy.cid) is not client.proxy:
+            super().remove(client)
 
     def wait_for_round(self, min_clients, check):
         self.num_available()  # has Flower look at once who is there
@@ -474,11 +480,11 @@ class Nodes(Registry):
 
 def ask_node(proxy, num_clients, task):
     """What a SuperNode says of itself, its data and its net. Raises TurnedAway where it may not take part."""
-    question = question_of(task["net"], task["dataset_id"])
+    question, unknown = question_of(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
     try:
         answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
-    except ValueError as error:
-        raise TurnedAway(printable(error)) from None
+    except Exception as error:  # of the app on the device, or of the way there
+        raise TurnedAway(printable(error), unknown) from None
     cid = answer.get("cid")
     reason = why_not_client(answer, "", num_clients, task["dataset"], None)
     if reason is None and "error" in answer:
@@ -486,5 +492,5 @@ def ask_node(proxy, num_clients, task):
     if reason is None:
         reason = why_not_ready(answer, cid, task)
     if reason is not None:
-        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
+        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
     return answer

@@ -748,12 +748,14 @@ def run_app(grid, context):
     Flower copies the app's files elsewhere before it runs them: datasets/ and ckps/ lie in the `folder` of the config.
     """
     code = 0
+    if context.run_config.get("verbose") is not True:
+        quiet_flower()
     try:
         folder = find_folder(context.run_config)
         os.environ.setdefault("WANDB_DIR", str(folder))
         args = parse_args({name: value for name, value in context.run_config.items() if name != "folder"})
-        if not args.verbose:
-            quiet_flower()
+        if isinstance(args.resume, str):
+            args.resume = str(folder / args.resume)  # the SuperLink may run elsewhere
         run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
         if run is not None:
             say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients")

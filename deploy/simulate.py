@@ -4,8 +4,10 @@
     make simulate NUM_CLIENTS=1000 NUM_ROUNDS=20 ARGS="--fraction_fit 0.1 --seed 1"
     .venv-simulation/bin/python deploy/simulate.py --num_clients 100 --num_rounds 5
 
-Takes the flags of server.py, but those of its wire. Cuts the dataset into as many shards first, where it is not, but
-never one with bundles for devices. Leaves what server.py leaves. Ctrl-C ends it, and every process of Flower and Ray with it.
+Takes the flags of server.py, but those of its wire and --round_timeout. Cuts the dataset into as many shards first (100
+if --num_clients is not given), where it is not, but never one with bundles for devices; from the file or folder that
+SOURCE in the environment names, or from what it was cut from before. Leaves what server.py leaves. Ctrl-C ends it, and
+every process of Flower and Ray with it: finished rounds are saved, but the last pictures are not drawn.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from data import describe_dataset  # noqa: E402
 TOOLS = Path(sys.executable).parent  # where flwr and flower-superlink are
 MARK = f"FL_IOT_SIMULATION={os.getpid()}"  # in the environment of all that is started here, and so of what that starts
 NOISE = re.compile(r"\x1b\[|Successfully installed|Using SuperLink|$")  # Flower's lines between ours
+AS_BEFORE = ("fit", "partition", "sizes", "alpha", "eval_fraction", "test_fraction", "seed")  # in a new cut
 PATIENCE = 10  # seconds that Flower and Ray have to end by themselves
 # For 2 cores as for 32: one thread a client, as many clients at a time as there are cores. Nothing phones home.
 QUIET = {
@@ -56,7 +59,12 @@ def parse_args():
     for name, default in vars(server.parse_args({})).items():
         if name not in known and getattr(args, name) != default:
             raise UserError(f"--{name} has no effect in a simulation, which has no wire")
-    return args, {name: value for name, value in vars(args).items() if name in known and value is not None}
+    if args.round_timeout is not None:
+        raise UserError("--round_timeout has no meaning in a simulation, where clients wait for a core")
+    settings = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    if isinstance(args.resume, str):
+        settings["resume"] = str(Path(args.resume).absolute())  # the app runs in another folder
+    return args, settings
 
 
 def partition(dataset, num_clients):
@@ -71,15 +79,17 @@ def partition(dataset, num_clients):
                 f"{dataset} is cut into {there} shards, and devices may have its bundles, which a new cut would make "
                 f"useless: cut it into {num_clients} by partition.py, or take another --dataset"
             )
+        if there is None:
+            raise UserError(f"{dataset} has no dataset.json that partition.py wrote: cut it into {num_clients} by that")
         info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        settings = {name: info.get(name) for name in ("fit", "partition", "sizes", "alpha", "eval_fraction", "seed")}
+        settings = {name: info.get(name) for name in AS_BEFORE}
         settings["image_size"] = "x".join(map(str, info["image_size"])) if "image_size" in info else None
+        settings["source"] = info.get("source") if info.get("source") != "built in" else None
+    if os.environ.get("SOURCE"):
+        settings["source"] = os.environ["SOURCE"]
     num_clients = num_clients or 100
     command = [sys.executable, ROOT / "partition.py", "--dataset", dataset, "--num_clients", str(num_clients)]
-    for name, value in settings.items():
-        command += [f"--{name}={value}"] if value is not None else []
-    if os.environ.get("SOURCE"):
-        command += ["--source", os.environ["SOURCE"]]
+    command += [f"--{name}={value}" for name, value in settings.items() if value is not None]
     code = subprocess.run(command).returncode
     if code != 0:
         raise SystemExit(code)
@@ -147,12 +157,12 @@ def start_superlink(home, env):
     raise UserError(f"flower-superlink does not start: {printable((home / 'superlink.log').read_text()[-500:], 500)}")
 
 
-def follow(run_id, env):
-    """Show the lines of the run, ours alone, until it ends."""
+def follow(run_id, env, verbose):
+    """Show the lines of the run until it ends, ours alone unless it is to be `verbose`."""
     command = [TOOLS / "flwr", "log", run_id, "simulation", "--stream"]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as log:
         for line in log.stdout:
-            if not NOISE.match(line):
+            if verbose or not NOISE.match(line):
                 say(line.rstrip(), sys.stderr if line.startswith("server.py:") else None)
 
 
@@ -165,6 +175,7 @@ def main():
     home = Path(tempfile.mkdtemp(prefix="fl-iot-simulation-"))
     env = {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": f"{TOOLS}:{os.environ['PATH']}"}
     env.update([MARK.split("=")])
+    env.pop("RAY_ADDRESS", None)  # of a cluster of the user's, which takes other settings
     try:
         start_superlink(home, env)
         (home / "run.toml").write_text("".join(f"{name} = {json.dumps(settings[name])}\n" for name in settings))
@@ -172,7 +183,7 @@ def main():
         machine += "init-args-log-to-driver=false init-args-logging-level='ERROR'"
         run = ["run", ROOT, "simulation", "--run-config", home / "run.toml", "--federation-config", machine]
         run_id = flwr(env, *run)["run-id"]
-        follow(run_id, env)
+        follow(run_id, env, args.verbose)
         (run,) = flwr(env, "list", "simulation", "--run-id", run_id)["runs"]
     finally:
         end_all()

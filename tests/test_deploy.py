@@ -183,6 +183,7 @@ def test_the_end_says_which_failed_and_why(shelf, suite):
             ("dataset=", "supernode=yes\nroot_certificate=a\nsupernode_key=b\nclient_flags=--verbose\ndataset="),
             "client_flags: of client.py alone, not of a SuperNode",
         ),
+        (("dataset=", "supernode_key=b\ndataset="), "supernode_key: of a SuperNode alone, with supernode=true"),
     ],
 )
 def test_inventories_that_cannot_be_meant(shelf, suite, change, words):

@@ -69,6 +69,19 @@ def test_a_simulated_supernode_is_known_by_its_partition_id():
     assert PARTITION_ID_KEY == "partition-id", "client.client_fn tells a simulation by another key"
 
 
+def test_a_simulation_is_known_by_how_often_it_looks_for_answers():
+    from flwr.superlink.grid.inmemory_grid import InMemoryGrid
+
+    known = "pull_interval" in inspect.signature(InMemoryGrid).parameters
+    assert known, "registry.Nodes tells a simulation's grid by its pull_interval"
+
+
+def test_a_lost_supernode_is_called_unavailable():
+    from flwr.server.superlink.linkstate.utils import NODE_UNAVAILABLE_ERROR_REASON
+
+    assert "navailable" in NODE_UNAVAILABLE_ERROR_REASON, "registry.Node knows a lost SuperNode by that word"
+
+
 def test_the_apps_settings_are_the_servers_flags():
     """Each flag of server.py is a setting of the Flower App with the same default, but for those of its wire."""
     import server
