@@ -130,3 +130,8 @@ def test_the_same_run_by_the_readme_and_on_from_it(shelf, app, by_scripts, datas
     pd.testing.assert_frame_equal(rows[:NUM_ROUNDS], by_deployment)
     for words in ("cid 0: cid 0 is in use by another device", "cid 1: its shard is not of the server's cut of Tiny"):
         assert len(lines(training, f"turned away {words}")) == 1, training
+
+    wrong = shelf.start(run.replace("num_rounds=100", "num_rounds=0"))
+    wrong.wait_for("--num_rounds", 60)
+    wrong.wait(60)
+    assert len(lines(wrong, "server.py: ")) == 1 and "Traceback" not in wrong.out + wrong.err, wrong
