@@ -113,6 +113,7 @@ def parse_args():
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of every random choice")
     parser.add_argument("--bundles", action="store_true", help="also write one tar a client, with all it needs")
     parser.add_argument("--show", action="store_true", help="only print how many images of each class each client has")
+    parser.set_defaults(without_test_set=False)
     args = parser.parse_args()
     if args.partition == "shards" and args.sizes != "equal":
         raise UserError("--sizes lognormal goes with --partition iid or dirichlet: slices are of one size")
@@ -439,6 +440,7 @@ def read_images(source, args):
     labels = {name: classes.index(called) for name, (_, called) in sorted_in.items()}
     in_test = np.array([split == "test" for split, _ in sorted_in.values()])
     if {split for split, _ in sorted_in.values()} == {None}:
+        args.without_test_set = True  # which dataset.json is to say
         in_test = split_off(np.array(list(labels.values())), args.test_fraction, args.seed)
         if not in_test.any():
             raise UserError(f"{source} has one image of each class, and none for a test set")
@@ -755,7 +757,6 @@ def write_dataset(folder, args):
         "sizes": args.sizes,
         "alpha": args.alpha if args.partition == "dirichlet" else None,
         "eval_fraction": args.eval_fraction,
-        "test_fraction": args.test_fraction,  # where the source has no test set
         "seed": args.seed,
         "split": [np.bincount(labels["train"][ids], minlength=len(classes)).tolist() for ids in shards],
         "source": source,
@@ -763,6 +764,8 @@ def write_dataset(folder, args):
         "shards": shard_digests,
         "test": table_digest(rows, digests["test"]),
     }
+    if args.without_test_set:
+        info["test_fraction"] = args.test_fraction
     info["id"] = cut_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
     draw_split(folder / "partition.png", f"{args.dataset}, {args.partition}", info["split"], classes)
