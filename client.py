@@ -171,25 +171,28 @@ class Client(NumPyClient):
                 return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
         return self.properties
 
+    def build(self, net, dataset_id):
+        """Build `net`, for the cut `dataset_id` of the data (None: any). Raises UserError where that cannot be."""
+        if net not in NETS:
+            raise UserError(f"its nets.py has no net {net}")
+        size = self.loaders and tuple(self.loaders["fit"].dataset.images.shape[2:])
+        if size != NETS[net].image_size or dataset_id not in (None, self.about["dataset_id"]):
+            again = " anew" if self.loaders else ""
+            self.loaders, info = self.load(NETS[net].image_size)
+            self.about.update(describe_in_checkpoint(info))
+            say(f"the shard was read{again}: {sizes(self.loaders)} images")
+        self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
+
     def make_ready(self, net, dataset_id):
-        """Build `net`, for the cut `dataset_id` of the data (None: any): what the server has to know of the two."""
-        answer = {"error": f"its nets.py has no net {net}"}
-        if net in NETS:
-            answer = {}
-            size = self.loaders and tuple(self.loaders["fit"].dataset.images.shape[2:])
-            if size != NETS[net].image_size or dataset_id not in (None, self.about["dataset_id"]):
-                try:
-                    again = " anew" if self.loaders else ""
-                    self.loaders, info = self.load(NETS[net].image_size)
-                    self.about.update(describe_in_checkpoint(info))
-                    say(f"the shard was read{again}: {sizes(self.loaders)} images")
-                except UserError as error:
-                    answer["error"] = str(error)
-                    if self.loaders is None:
-                        return answer
-            self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
-            answer.update(fingerprint=fingerprint(self.model), trial=trial(self.model).tobytes())
+        """Build the net as `build` does: what the server has to know of it and of the data."""
+        try:
+            self.build(net, dataset_id)
+            answer = {"fingerprint": fingerprint(self.model), "trial": trial(self.model).tobytes()}
             self.model.to(self.device)  # the parameters to start from come with the first fit
+        except UserError as error:
+            answer = {"error": str(error)}
+            if self.loaders is None:
+                return answer
         return {
             **answer,
             "channels": self.loaders["fit"].dataset.images.shape[1],
@@ -200,16 +203,15 @@ class Client(NumPyClient):
         }
 
     def heed(self, config):
-        """Make ready by `config` where it names the net and the cut of the data, as it does on Flower's engines.
+        """Build what `config` names, the net and the cut of the data, as it does on Flower's engines.
 
         There, another process may have answered the last message. Raises UserError where the server has other data.
         """
         if "net" in config:
-            ready = self.make_ready(config["net"], config.get("dataset_id"))
-            if "error" in ready:
-                raise UserError(ready["error"])
-            if config.get("dataset_id") not in (None, ready["dataset_id"]):
+            self.build(config["net"], config.get("dataset_id"))
+            if config.get("dataset_id") not in (None, self.about["dataset_id"]):
                 raise UserError("its shard is not of the server's cut of the data any more")
+            self.model.to(self.device)
 
     def get_parameters(self, config):
         """The parameters and buffers of the local model, a list of arrays in the order of its state dict."""

@@ -62,21 +62,41 @@ class TurnedAway(Exception):
         self.cid = cid
 
 
-class RemoteClient(ClientProxy):
-    """A client that passed the handshake: Flower's proxy under its own cid, for one question at a time.
+class Admitted(ClientProxy):
+    """A client that passed the handshake: Flower's proxy under its own cid, to which `ask` puts all questions."""
+
+    def __init__(self, proxy, properties):
+        super().__init__(str(properties["cid"]))
+        self.proxy, self.properties = proxy, properties
+        self.gone = threading.Event()
+
+    def ask(self, method, ins, timeout, group_id):
+        """The answer of the client, asked by `method` of its proxy. Raises ClientFailure where there is none."""
+        raise NotImplementedError
+
+    def _ask(self, *args):
+        return self.ask(*args)  # of the subclass, which a partialmethod of ask would not find
+
+    get_properties = functools.partialmethod(_ask, "get_properties")
+    get_parameters = functools.partialmethod(_ask, "get_parameters")
+    fit = functools.partialmethod(_ask, "fit")
+    evaluate = functools.partialmethod(_ask, "evaluate")
+    reconnect = functools.partialmethod(_ask, "reconnect")
+
+
+class RemoteClient(Admitted):
+    """A client of the scripts, for one question at a time.
 
     `sender` (wire.Sender) says how parameters cross to one that can do more than Flower's plain arrays.
     """
 
     def __init__(self, proxy, properties, sender=None):
-        super().__init__(str(properties["cid"]))
-        self.proxy, self.properties = proxy, properties
+        super().__init__(proxy, properties)
         self.sender = sender if properties.get("wire") == WIRE else None
         self.held = None  # the wire.Model that it has, as far as its last answer tells
         self.lock = threading.Lock()  # held while it has a question to answer
-        self.gone = threading.Event()
 
-    def _ask(self, method, ins, timeout, group_id):
+    def ask(self, method, ins, timeout, group_id):
         started = time.monotonic()
         if not self.lock.acquire(timeout=timeout or -1):
             raise ClientFailure(self.cid, f"no answer within {timeout:g} s")
@@ -101,12 +121,6 @@ class RemoteClient(ClientProxy):
         if method == "fit":
             res.parameters = Parameters(restore_all(res.parameters.tensors, model.tensors), "numpy.ndarray")
         return res
-
-    get_properties = functools.partialmethod(_ask, "get_properties")
-    get_parameters = functools.partialmethod(_ask, "get_parameters")
-    fit = functools.partialmethod(_ask, "fit")
-    evaluate = functools.partialmethod(_ask, "evaluate")
-    reconnect = functools.partialmethod(_ask, "reconnect")
 
     def heartbeat(self):
         """Say a word to the client every HEARTBEAT seconds, unless it is busy, until it is gone.
@@ -404,18 +418,17 @@ TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than the
 NODE_TIMEOUT = 600  # seconds for a SuperNode to make ready: a new process on a busy board, and what waits before it
 
 
-class Node(ClientProxy):
+class Node(Admitted):
     """A SuperNode of Flower's engines, of which the connection is Flower's affair, under its own cid.
 
     It is asked when it is its `turn`, a lock that it shares with others.
     """
 
     def __init__(self, proxy, properties, turn):
-        super().__init__(str(properties["cid"]))
-        self.proxy, self.properties, self.turn = proxy, properties, turn
-        self.gone = threading.Event()
+        super().__init__(proxy, properties)
+        self.turn = turn
 
-    def _ask(self, method, ins, timeout, group_id):
+    def ask(self, method, ins, timeout, group_id):
         started = time.monotonic()
         try:
             with self.turn:
@@ -424,12 +437,6 @@ class Node(ClientProxy):
             if timeout is not None and time.monotonic() - started >= timeout:
                 raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
             raise ClientFailure(self.cid, LOST if "navailable" in str(error) else printable(error)) from None
-
-    get_properties = functools.partialmethod(_ask, "get_properties")
-    get_parameters = functools.partialmethod(_ask, "get_parameters")
-    fit = functools.partialmethod(_ask, "fit")
-    evaluate = functools.partialmethod(_ask, "evaluate")
-    reconnect = functools.partialmethod(_ask, "reconnect")
 
     def is_alive(self):
         return not self.gone.is_set()
