@@ -97,12 +97,16 @@ class BenchSuite(Suite):
             print("".join(process.err for process in self.processes)[-3000:], file=sys.stderr)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def left_over(self):
-        """PIDs of all processes that descend from those started here, wandb's included: their environment tells."""
+    def left_over(self, name=""):
+        """PIDs of all processes that descend from those started here, wandb's included: their environment tells.
+
+        Or of those alone with `name` in their command.
+        """
         pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                ours = self.mark.encode() in (folder / "environ").read_bytes().split(b"\0")
+                if ours and name.encode() in (folder / "cmdline").read_bytes():
                     pids.append(int(folder.name))
             except OSError:
                 continue  # it ended meanwhile, or is not ours to read

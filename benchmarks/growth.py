@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from common import HERE, BenchSuite, about_this_run, memory_of, write_json
@@ -29,18 +28,6 @@ RESULTS = 10  # of clients, that are averaged
 BLOCK = 3  # rounds that are timed together, of the scripts
 
 
-def processes(name):
-    """The PIDs of the processes with `name` in their command."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if name.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def simulation(num_clients):
     with BenchSuite() as suite:
         (suite.root / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
@@ -50,9 +37,8 @@ def simulation(num_clients):
         run = suite.start("deploy/simulate.py", *flags)
         server, workers = 0.0, 0.0
         while run.popen.poll() is None:
-            inside = set(suite.left_over())
-            server = max([server, *(memory_of(pid) for pid in processes("flwr-simulation") if pid in inside)])
-            workers = max([workers, *(memory_of(pid) for pid in processes("ray::ClientAppActor") if pid in inside)])
+            server = max([server, *map(memory_of, suite.left_over("flwr-simulation"))])
+            workers = max([workers, *map(memory_of, suite.left_over("ray::ClientAppActor"))])
             time.sleep(1)
         assert run.popen.returncode == 0, run
         rows = suite.history("Growth")

@@ -116,11 +116,7 @@ def simulation(suite):
     new_suite(suite)
     run = suite.start("deploy/simulate.py", *SAME)
     wait_until("the first round", lambda: saved(suite) >= 1, 120)
-    (worker, *_) = [
-        process
-        for process in map(psutil.Process, suite.left_over())
-        if process.name().startswith("ray::ClientAppActor")
-    ]
+    worker = psutil.Process(suite.left_over("ray::ClientAppActor")[0])
     memory = watch_memory(worker, lambda: saved(suite) >= ROUNDS)
     run.popen.terminate()
     run.wait(60)
