@@ -98,7 +98,8 @@ class Suite:
         self.root, self.port, self.processes = root, free_port(), []
         for script in ROOT.glob("*.py"):
             shutil.copy(script, root)
-        shutil.copytree(ROOT / "deploy", root / "deploy")
+        for folder in ("plumbing", "deploy"):
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         self.env.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", PYTHONUNBUFFERED="1")
 

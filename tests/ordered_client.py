@@ -32,8 +32,8 @@ parser.add_argument("--ckps", type=Path)
 args, rest = parser.parse_known_args()
 sys.path[0], sys.argv = str(args.suite), ["client.py", *rest]
 
-import libs  # noqa: E402 (the suite's own, by the path above)
 from libs import np, run_script  # noqa: E402
+from plumbing.common import sockets  # noqa: E402 (of the suite that the path above names)
 
 import client  # noqa: E402
 
@@ -41,7 +41,7 @@ real_train, real_fit, real_serve, order = client.client_fit_fn, client.Client.fi
 client.MAX_DELAY = args.max_delay or client.MAX_DELAY
 client.SILENCE = args.silence or client.SILENCE
 client.CKPS = args.ckps or client.CKPS
-libs.KEEPALIVE = args.keepalive or libs.KEEPALIVE
+sockets.KEEPALIVE = args.keepalive or sockets.KEEPALIVE
 
 
 def digest(model):

@@ -308,7 +308,7 @@ def test_a_run_leaves_exactly_the_files_of_the_readme_s_table(shown):
         assert name in made and f"datasets/<dataset>/{name}".replace("1.csv", "<cid>.csv") in patterns
     home = {name.name for name in (shown.root).iterdir()} - {path.name for path in ROOT.glob("*.py")}
     assert {name for name in home if not name.startswith("process_")} <= {
-        *("datasets", "ckps", "wandb", "deploy", "orders", "__pycache__")
+        *("datasets", "ckps", "wandb", "deploy", "plumbing", "orders", "__pycache__")
     }
 
 
@@ -338,7 +338,7 @@ def test_lines_that_the_readme_explains_are_printed(shown):
         ]
         assert [process.wait(120) for process in started] == [2, 2, 2, 2, 1]
     said = shown.laptop.out + "".join(process.out + process.err for process in started)
-    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/**/*.py")]]
     constants = [node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     texts = [value for value in constants if isinstance(value, str)]
     assert len(quoted) > 15 and sum(line.startswith(TRIGGERED) for line in quoted) == len(TRIGGERED)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-import libs
+from plumbing.common import arguments
 
 import grpc
 import pandas as pd
@@ -300,8 +300,8 @@ def test_secret_is_not_judged_by_mode_bits_where_there_are_none(tmp_path, monkey
     path = tmp_path / "secret"
     path.write_text("tell nobody\n")
     path.chmod(0o666)
-    monkeypatch.setattr(libs, "HAS_MODE_BITS", False)
-    assert libs.read_secret(path) == b"tell nobody"
+    monkeypatch.setattr(arguments, "HAS_MODE_BITS", False)
+    assert arguments.read_secret(path) == b"tell nobody"
 
 
 def test_python_that_is_too_old_is_one_line(tiny):

@@ -327,5 +327,5 @@ def test_missing_package_is_one_line_when_it_is_needed(suite, module, package):
     command = [suite.root / "client.py", "--cid", "0"] if module == "tqdm" else ["-c", resize]
     done = subprocess.run([sys.executable, *command], cwd=suite.root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done
-    assert f"{module} is missing here: start this with .venv/bin/python, or " in done.stderr
+    assert f"{module} is not installed: start this script with .venv/bin/python, or run " in done.stderr
     assert done.stderr.endswith(f"{sys.executable} -m pip install {package}\n")

@@ -159,7 +159,7 @@ def vanished(network, tmp_path, three_shards):
         return suite.processes[-1]
 
     try:
-        short = f"import libs; libs.KEEPALIVE = {KEEPALIVE}"
+        short = f"from plumbing.common import sockets; sockets.KEEPALIVE = {KEEPALIVE}"
         server = start(network.server, *patched(suite, "server", short), "--num_clients", 1, "--num_rounds", 3)
         client = start(network.clients, *ordered(suite, 0, "--max_delay", 1, "--keepalive", KEEPALIVE))
         client.wait_for("fit of round 1", timeout=120)

@@ -40,6 +40,8 @@ def lay_suite(folder):
     (folder / "deploy").mkdir(parents=True)
     for path in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
         shutil.copy(path, folder)
+    leave_out = shutil.ignore_patterns("laptop", "sources", "__pycache__")
+    shutil.copytree(ROOT / "plumbing", folder / "plumbing", ignore=leave_out)
     shutil.copy(ROOT / "deploy" / "setup_device.sh", folder / "deploy")
     return folder
 

@@ -1,0 +1,130 @@
+"""What a user may type: flags and their types, addresses, the secret, a Flower App's folder."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+import shlex
+from pathlib import Path
+
+from plumbing.common.process import UserError
+
+HAS_MODE_BITS = os.name == "posix"  # on Windows, files are always readable by others
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage before it."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and keeps the lines of the description as they are."""
+
+    def _get_help_string(self, action):
+        if action.required or action.dest == "help" or "(default" in action.help:
+            return action.help
+        default = {None: "none", False: "off"}.get(action.default, action.default)
+        return f"{action.help} (default: {default})"
+
+
+def new_parser(description):
+    """The parser of a script, `description` being its docstring, with the flag that all scripts share."""
+
+    def name(text):
+        if not re.fullmatch(r"\w[\w.-]*", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a plain name of letters, digits, dots, dashes")
+        return text
+
+    parser = Parser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--dataset", type=name, default="CIFAR10", help="name of the folder in datasets/")
+    return parser
+
+
+def number(kind, low, high=float("inf"), inside=False):
+    """An argparse type: a number of `kind` (int or float) in low..high; with `inside`, neither low nor high itself."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value < high if inside else low <= value <= high):
+            what = "a whole number" if kind is int else "a number"
+            where = f"above {low} and below {high}" if inside else f"from {low} to {high}"
+            where = where.replace(" and below inf", "").replace(" to inf", " up")
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {where}")
+        return value
+
+    return parse
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def find_folder(config: dict) -> Path:
+    """The suite's own folder, of which a Flower App knows by its `config` alone. Raises UserError where it does not."""
+    folder = config.get("folder", "")
+    if not (isinstance(folder, str) and Path(folder).is_absolute() and Path(folder).is_dir()):
+        raise UserError(f"folder is {folder!r} in the config: it has to be the suite's folder here, from / on")
+    return Path(folder)
+
+
+def read_secret(path: Path | None) -> bytes | None:
+    """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
+    if path is None:
+        return None
+    try:
+        if HAS_MODE_BITS and path.stat().st_mode & 0o077:
+            raise UserError(f"secret file {path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None
+    if not secret:
+        raise UserError(f"secret file {path} is empty")
+    return secret
+
+
+def split_address(text: str, port: int | None = None, default: int = 8080) -> tuple[str, int]:
+    """What the user gave as an address, taken apart: (host, port), the host without brackets, IPv6 zones kept.
+
+    Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is what was
+    given as a port of its own, or None. Raises UserError for what can never be reached, rather than try for minutes.
+    """
+    rest = re.sub(r"^\w+://", "", text.strip()).rstrip("/")
+    host, colon, tail = rest, "", ""
+    if rest.startswith("["):
+        host, bracket, tail = rest[1:].partition("]")
+        colon, tail = tail[:1], tail[1:]
+        if not bracket or ":" not in host or colon not in ("", ":"):
+            raise UserError(f"--server_address {text} is neither a name nor an IP address")
+    elif rest.count(":") == 1:
+        host, colon, tail = rest.partition(":")
+    address, percent, zone = host.partition("%")
+    try:
+        ip = ipaddress.ip_address(address)
+        if percent and not (zone and ip.version == 6):
+            raise ValueError
+        if ip.version == 6 and ip.is_link_local and not zone:
+            raise UserError(f"--server_address {text} needs the network card, as in {address}%eth0")
+    except ValueError:
+        name = r"(\w([\w-]{0,61}\w)?\.)*(?!\d+$)\w([\w-]{0,61}\w)?\.?"  # the last part is no number: that's a bad IP
+        if len(host) > 253 or re.fullmatch(name, host) is None:
+            raise UserError(f"--server_address {text} is neither a name nor an IP address") from None
+    if not colon:
+        return host, default if port is None else port
+    if not re.fullmatch(r"[0-9]{1,5}", tail) or not 0 < int(tail) < 65536:
+        raise UserError(f"--server_address {text} has {tail or 'nothing'!r} for a port, not a number from 1 to 65535")
+    if port not in (None, int(tail)):
+        raise UserError(f"--server_address {text} and --server_port {port} name two ports")
+    return host, int(tail)
+
+
+def join_address(host: str, port: int) -> str:
+    """The two as one word: "host:port", "[::1]:port"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
