@@ -12,45 +12,11 @@ import hashlib
 from pathlib import Path
 
 from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, torch
+from plumbing.common.fast import MaxPool2d
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
 TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
-
-
-class PoolFunction(torch.autograd.Function):
-    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
-
-    @staticmethod
-    def forward(ctx, images):
-        left, right = images[..., 0::2], images[..., 1::2]
-        columns = torch.maximum(left, right)
-        upper, lower = columns[..., 0::2, :], columns[..., 1::2, :]
-        ctx.save_for_backward(right > left, lower > upper)
-        return torch.maximum(upper, lower)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        is_right, is_lower = ctx.saved_tensors
-        columns = gradient.new_empty(is_right.shape)
-        lower = torch.mul(gradient, is_lower, out=columns[..., 1::2, :])
-        torch.sub(gradient, lower, out=columns[..., 0::2, :])
-        images = columns.new_empty((*columns.shape[:-1], 2 * columns.shape[-1]))
-        right = torch.mul(columns, is_right, out=images[..., 1::2])
-        torch.sub(columns, right, out=images[..., 0::2])
-        return images
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(2), for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
-
-    def __init__(self):
-        super().__init__(2)
-
-    def forward(self, images):
-        if images.device.type != "cpu" or images.shape[-2] % 2 or images.shape[-1] % 2:
-            return super().forward(images)
-        return PoolFunction.apply(images)
 
 
 class LeNet5(nn.Module):
