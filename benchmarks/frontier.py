@@ -17,13 +17,14 @@ import sys
 import time
 
 from libs import nn, torch
+from plumbing.common.fast import Adam
 
 import report
 from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
 
 import nets
 from data import load_shard, load_test
-from engines import Adam, client_fit_fn, server_test_fn
+from engines import client_fit_fn, server_test_fn
 from strategies import average
 
 DATASET, NUM_CLIENTS, NUM_ROUNDS, EVERY, SEED = "CIFAR10", 10, 100, 5, 0

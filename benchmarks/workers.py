@@ -88,10 +88,12 @@ def tutorial_pass(loader, model, optimizer=None):
 
 def epochs(dataset, pairs):
     """Seconds for the training pass alone and for the whole fit call with eval and checkpoint; ours, bare, tutorial."""
+    from plumbing.common.fast import Adam
+
     import pandas as pd
 
     from data import load_shard
-    from engines import Adam, client_fit_fn, run_epoch
+    from engines import client_fit_fn, run_epoch
     from nets import build_net
 
     folder = DATASETS / dataset
@@ -137,10 +139,12 @@ def epochs(dataset, pairs):
 
 def step_profile(dataset):
     """The shares of an epoch's time that torch's operations take by themselves, {name: 0..1}, the greatest first."""
+    from plumbing.common.fast import Adam
+
     from torch.profiler import ProfilerActivity, profile
 
     from data import load_shard
-    from engines import Adam, run_epoch
+    from engines import run_epoch
     from nets import build_net
 
     loaders, info = load_shard(DATASETS / dataset, 0, "cpu")
@@ -159,7 +163,7 @@ def step_profile(dataset):
 
 
 def two_steps(kind):
-    """Train two steps with engines.Adam ("ours") or torch.optim.Adam ("torch"), saying "step" after each."""
+    """Train two steps with our Adam ("ours") or torch.optim.Adam ("torch"), saying "step" after each."""
     import engines
     from nets import build_net
 

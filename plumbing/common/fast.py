@@ -7,6 +7,9 @@ import math
 import torch
 from torch import nn
 
+HAS_FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)  # on the CPU too
+UNUSED_OPTIONS = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+
 
 class PoolFunction(torch.autograd.Function):
     """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
@@ -46,61 +49,40 @@ class MaxPool2d(nn.MaxPool2d):
 class Adam:
     """Adam (Kingma & Ba 2015, arXiv 1412.6980), step by step what torch.optim.Adam computes.
 
-    Parameters of one dtype and device are stepped together, as one vector: for a small net the calls cost more than the
-    numbers. torch.optim itself loads torch's compiler at its first use, and a device may not have that memory and time:
-    how much it is, `benchmarks/bench.py adam` measures.
+    One fused call steps all parameters that have a gradient. (torch.optim itself loads torch's compiler at its first
+    use, for which a board may have neither the memory nor the time: `benchmarks/bench.py adam` measures how much.)
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
         self.lr, self.betas, self.eps = lr, betas, eps
-        groups = {}
-        for parameter in parameters:  # frozen ones apart, for they would keep others from stepping together
-            groups.setdefault((parameter.dtype, parameter.device, parameter.requires_grad), []).append(parameter)
-        self.vectors = [Vector(group) for group in groups.values()]
+        self.groups = {}  # the fused call takes parameters of one dtype and device, each with its mean, square, steps
+        for parameter in parameters:
+            state = parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)
+            steps = torch.zeros((), device=parameter.device)  # each has its own: without a gradient it takes no step
+            self.groups.setdefault((parameter.dtype, parameter.device), []).append((*state, steps))
 
     def zero_grad(self):
-        for vector in self.vectors:
-            for parameter in vector.parameters:
-                parameter.grad = None
+        for parameter, *_ in sum(self.groups.values(), []):
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self):
-        for vector in self.vectors:
-            for parameters, steps, state in vector.parts():
-                self.step_together(parameters, steps + 1, *state)
+        for group in self.groups.values():
+            group = [state for state in group if state[0].grad is not None]
+            if not group:
+                continue
+            parameters, means, squares, steps = map(list, zip(*group))
+            torch._foreach_add_(steps, 1)
+            gradients = [parameter.grad for parameter in parameters]
+            options = {"lr": self.lr, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
+            step_all = torch._fused_adam_ if HAS_FUSED_ADAM else plain_adam
+            step_all(parameters, gradients, means, squares, [], steps, **options, **UNUSED_OPTIONS)
 
-    def step_together(self, parameters, step, mean, square, change, changes):
-        beta1, beta2 = self.betas
-        size, correction = self.lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-        gradient = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+
+def plain_adam(parameters, gradients, means, squares, _, steps, lr, beta1, beta2, eps, **unused):
+    """Compute what torch._fused_adam_ computes, for a torch that has it not or not on the CPU (before 2.4)."""
+    for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = torch.sqrt(square, out=gradient).div_(correction).add_(self.eps)
-        torch.mul(mean, -size, out=change).div_(scale)
-        for parameter, part in zip(parameters, changes):
-            parameter.add_(part)
-
-
-class Vector:
-    """What Adam keeps of parameters that fit into one vector: mean, mean square and change of each value."""
-
-    def __init__(self, parameters):
-        self.parameters, sizes = parameters, [parameter.numel() for parameter in parameters]
-        self.steps = [0] * len(parameters)  # each counts its own: without a gradient it takes no step
-        self.whole = [torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device) for _ in range(3)]
-        self.single = [*zip(*(vector.split(sizes) for vector in self.whole))]
-        self.changes = [change.view(parameter.shape) for parameter, (_, _, change) in zip(parameters, self.single)]
-
-    def parts(self):
-        """What steps now: [([parameter, …], steps before, (mean, square, change, [change of each parameter]))]."""
-        trained = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        if len(trained) == len(self.parameters) and len(set(self.steps)) == 1:
-            parts = [(self.parameters, self.steps[0], (*self.whole, self.changes))]
-        else:
-            parts = [
-                ([self.parameters[index]], self.steps[index], (*self.single[index], [self.changes[index]]))
-                for index in trained
-            ]
-        for index in trained:
-            self.steps[index] += 1
-        return parts
+        scale = square.sqrt().div_(math.sqrt(1 - beta2 ** step.item())).add_(eps)
+        parameter.addcdiv_(mean, scale, value=-lr / (1 - beta1 ** step.item()))
