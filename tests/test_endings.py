@@ -11,6 +11,7 @@ import threading
 import time
 
 from plumbing.common import arguments
+from plumbing.device import machine
 
 import grpc
 import pandas as pd
@@ -201,17 +202,17 @@ def test_damaged_id_is_made_anew(tmp_path, damaged):
         path.mkdir()
     else:
         path.write_bytes(damaged)
-    first, second = client.device_id(path), client.device_id(path)
+    first, second = machine.device_id(path), machine.device_id(path)
     assert first == second and len(first) == 32 and int(first, 16)
 
 
 def test_id_is_bound_to_the_board(tmp_path, monkeypatch):
     path = tmp_path / "client_0.id"
-    monkeypatch.setattr(client, "board_id", lambda: b"10000000abcdef01")
-    first = client.device_id(path)
-    assert client.device_id(path) == first
-    monkeypatch.setattr(client, "board_id", lambda: b"10000000abcdef02")  # the same card in another board
-    assert client.device_id(path) != first
+    monkeypatch.setattr(machine, "board_id", lambda: b"10000000abcdef01")
+    first = machine.device_id(path)
+    assert machine.device_id(path) == first
+    monkeypatch.setattr(machine, "board_id", lambda: b"10000000abcdef02")  # the same card in another board
+    assert machine.device_id(path) != first
 
 
 def test_full_card_at_the_first_start_does_not_keep_the_client_from_training(tiny):

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from plumbing.device import machine
+
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import lines, start_patched
 
-import client
 import server
 
 
@@ -29,7 +30,7 @@ THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 
 
 def test_sensors_of_a_raspberry_pi(tmp_path):
-    found = client.sensors(board(tmp_path, {THERMAL: b"61835\n", THROTTLED: b"50005\n"}))
+    found = machine.sensors(board(tmp_path, {THERMAL: b"61835\n", THROTTLED: b"50005\n"}))
     assert found["cpu_temp_c"] == 61.835
     assert found["throttled"] == 0x50005  # undervoltage and throttled, now and since the boot
     assert found["load"] == pytest.approx(os.getloadavg()[0], abs=2)
@@ -38,7 +39,7 @@ def test_sensors_of_a_raspberry_pi(tmp_path):
 
 @pytest.mark.parametrize("files", [{}, {THERMAL: b"", THROTTLED: b"none\n"}, {THERMAL: b"hot\n", THROTTLED: b"\xff"}])
 def test_sensor_that_is_not_there_or_makes_no_sense_is_absent(tmp_path, files):
-    assert set(client.sensors(board(tmp_path, files))) == {"peak_memory_mb", "load"}
+    assert set(machine.sensors(board(tmp_path, files))) == {"peak_memory_mb", "load"}
 
 
 def test_machine_is_described(tmp_path):
@@ -46,10 +47,10 @@ def test_machine_is_described(tmp_path):
         "proc/device-tree/model": b"Raspberry Pi 4 Model B Rev 1.4\0",
         "proc/meminfo": b"MemTotal:        3884344 kB\nMemFree:          101000 kB\nMemAvailable:    2097152 kB\n",
     }
-    facts = client.describe_machine(board(tmp_path, files))
+    facts = machine.describe_machine(board(tmp_path, files))
     assert facts["board"] == "Raspberry Pi 4 Model B Rev 1.4" and facts["free_mb"] == 2048
     assert set(facts) == {"board", "free_mb", "torch", "flwr", "python", "threads"}
-    elsewhere = client.describe_machine(tmp_path / "empty")
+    elsewhere = machine.describe_machine(tmp_path / "empty")
     assert elsewhere["board"] == os.uname().machine and "free_mb" not in elsewhere
 
 

@@ -1,0 +1,1 @@
+"""What keeps a client running on its device. Runs on Python 3.8; imports common."""
