@@ -14,11 +14,9 @@ import itertools
 import json
 import math
 import os
-import queue
 import shlex
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +25,8 @@ import warnings
 from pathlib import Path
 
 from libs import ROOT, UserError, atomic_write, np, printable, say, torch, tqdm
+from plumbing.laptop.wandb_file import held_steps
+from plumbing.laptop.worker import Worker
 
 import pandas as pd
 
@@ -58,8 +58,6 @@ DRAW_EVERY = 30  # seconds, or twenty times as long as the last drawing took
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
 MANY = 100  # clients, beyond which clients.csv alone has the figures of each
-STALLED = 3600  # seconds without progress until the worker is given up, as on a network drive that hangs
-END = object()  # the end of the worker's queue
 
 
 def measured(row):
@@ -198,83 +196,6 @@ class Round:
     row: dict
     arrays: list
     clients: dict
-
-
-class Worker:
-    """A thread that does what it is given, in order. `check`, `put` and `close` raise what fails in it, and ends it.
-
-    `one` is called with each item as it comes, `some` with a list of those that came since, at most every `pause`
-    seconds, and `last` with nothing, at the end.
-    """
-
-    def __init__(self, name, one, some, last, backlog, pause):
-        self.one, self.some, self.last, self.pause = one, some, last, pause
-        self.items = queue.Queue(backlog)
-        self.error = None
-        self.closed = False
-        self.steps = 0  # calls that are over: the sign of life
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def put(self, item):
-        """Give it an item; waits where `backlog` of them wait already."""
-        if self.closed:
-            raise RuntimeError(f"{self.thread.name} is closed")
-        self._put(item)
-
-    def close(self) -> None:
-        """End the thread. Afterwards all that was put is done, or this raises what prevented it.
-
-        Waits as long as it goes on; raises TimeoutError when nothing is done for STALLED seconds. May be called again.
-        """
-        if not self.closed:
-            self.closed = True
-            self._put(END)
-        while self.thread.is_alive():
-            before = self.steps
-            self.thread.join(STALLED)
-            if self.thread.is_alive() and self.steps == before:
-                raise TimeoutError(f"the {self.thread.name} hangs: nothing was done for {STALLED} s")
-        self.check()
-
-    def _put(self, item):
-        while self.thread.is_alive():
-            try:
-                self.items.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
-        self.check()
-
-    def _run(self):
-        waiting, due, ended = [], 0.0, False
-        try:
-            while not ended:
-                item = self._next(due if waiting else None)
-                if item is END:
-                    ended = True
-                elif item is not None:
-                    self.one(item)
-                    waiting.append(item)
-                if waiting and (ended or time.monotonic() >= due):
-                    self.some(waiting)
-                    waiting, due = [], time.monotonic() + self.pause
-                self.steps += 1
-            self.last()
-        except BaseException as error:
-            self.error = error
-
-    def _next(self, until):
-        """The next item, or None where none comes until then; `until` None waits for ever."""
-        timeout = None if until is None else max(0.0, until - time.monotonic())
-        try:
-            return self.items.get(timeout=timeout)
-        except queue.Empty:
-            return None
 
 
 class Record:
@@ -679,40 +600,6 @@ def list_pairs(pairs):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The curves, and what is seen of the rounds.
-
-
-def logged_steps(path):
-    """The steps in a .wandb file, as far as it can be read: its writer may have been killed.
-
-    It is a log in LevelDB's format (its doc/log_format.md) of wandb's own records, after 7 bytes of wandb's.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
-
-    steps, record = set(), b""
-    with open(path, "rb") as file:
-        for number, block in enumerate(iter(lambda: file.read(32768), b"")):
-            at = 0 if number else 7
-            while at + 7 <= len(block):
-                _, length, kind = struct.unpack_from("<IHB", block, at)
-                part = block[at + 7 : at + 7 + length]
-                if kind not in (1, 2, 3, 4) or len(part) < length:  # whole, first, middle, last; else the end was lost
-                    return steps
-                record = part if kind in (1, 2) else record + part
-                at += 7 + length
-                if kind in (1, 4):
-                    try:
-                        logged = WandbRecord.FromString(record)
-                    except Exception:  # protobuf's own error, of which only the name differs from version to version
-                        return steps
-                    if logged.HasField("history"):
-                        steps.add(logged.history.step.num)
-    return steps
-
-
-def held_steps(wandb_dir, run_id, names="*run"):
-    """The steps that the folders `names` of a run in `wandb_dir` hold; None where there are none."""
-    paths = list(Path(wandb_dir).glob(f"{names}-*-{glob.escape(str(run_id))}/*.wandb"))
-    return set().union(*map(logged_steps, paths)) if paths else None
 
 
 def wandb_mode(wandb):

@@ -1,0 +1,1 @@
+"""What keeps a run going on the laptop; alone may import pandas, wandb and matplotlib. Imports common."""
