@@ -12,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 from libs import UserError
+from plumbing.laptop import worker
+from plumbing.laptop.wandb_file import logged_steps
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ import torch
 from helpers import as_logged, start_patched
 
 from nets import LeNet5, get_arrays, save_checkpoint
-from record import FILES, Record, logged_steps, move_aside, resume
+from record import FILES, Record, move_aside, resume
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -65,9 +67,7 @@ def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_pat
 
 
 def test_closing_gives_up_on_a_worker_that_hangs(tmp_path, monkeypatch):
-    import record as module
-
-    monkeypatch.setattr(module, "STALLED", 0.2)
+    monkeypatch.setattr(worker, "STALLED", 0.2)
     release = threading.Event()
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_row=lambda row: release.wait(30))
     add(record, 1)

@@ -1,4 +1,4 @@
-"""A thread that does what it is given, in order, and gives its error back."""
+"""A thread that handles items in order, and hands its error back to whoever gave it work."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import queue
 import threading
 import time
 
-STALLED = 3600  # seconds without progress until the worker is given up, as on a network drive that hangs
+STALLED = 3600  # seconds without progress until `close` gives up, as on a network drive that hangs
 END = object()  # the end of the worker's queue
 
 
 class Worker:
-    """A thread that does what it is given, in order. `check`, `put` and `close` raise what fails in it, and ends it.
+    """A thread that handles items in order. An error ends it; `check`, `put` and `close` raise that error.
 
-    `one` is called with each item as it comes, `some` with a list of those that came since, at most every `pause`
-    seconds, and `last` with nothing, at the end.
+    name: of the thread.
+    on_item: called with each item as it arrives.
+    on_batch: called with the list of items that arrived since its last call, at most every `pause` seconds.
+    on_end: called without arguments after the last item.
+    backlog: number of items that may wait before `put` waits, too.
+    pause: seconds.
     """
 
-    def __init__(self, name, one, some, last, backlog, pause):
-        self.one, self.some, self.last, self.pause = one, some, last, pause
+    def __init__(self, name, on_item, on_batch, on_end, backlog, pause):
+        self.on_item, self.on_batch, self.on_end, self.pause = on_item, on_batch, on_end, pause
         self.items = queue.Queue(backlog)
         self.error = None
         self.closed = False
-        self.steps = 0  # calls that are over: the sign of life
+        self.steps = 0  # finished turns of the loop: the sign of life
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
@@ -31,15 +35,15 @@ class Worker:
             raise self.error
 
     def put(self, item):
-        """Give it an item; waits where `backlog` of them wait already."""
+        """Hand over an item; wait while `backlog` items are waiting already."""
         if self.closed:
             raise RuntimeError(f"{self.thread.name} is closed")
         self._put(item)
 
     def close(self) -> None:
-        """End the thread. Afterwards all that was put is done, or this raises what prevented it.
+        """End the thread once all items are handled, or raise the error that ended it. May be called again.
 
-        Waits as long as it goes on; raises TimeoutError when nothing is done for STALLED seconds. May be called again.
+        Raises TimeoutError when the thread makes no progress for STALLED seconds.
         """
         if not self.closed:
             self.closed = True
@@ -48,7 +52,7 @@ class Worker:
             before = self.steps
             self.thread.join(STALLED)
             if self.thread.is_alive() and self.steps == before:
-                raise TimeoutError(f"the {self.thread.name} hangs: nothing was done for {STALLED} s")
+                raise TimeoutError(f"the {self.thread.name} hangs: no progress for {STALLED} s")
         self.check()
 
     def _put(self, item):
@@ -68,18 +72,18 @@ class Worker:
                 if item is END:
                     ended = True
                 elif item is not None:
-                    self.one(item)
+                    self.on_item(item)
                     waiting.append(item)
                 if waiting and (ended or time.monotonic() >= due):
-                    self.some(waiting)
+                    self.on_batch(waiting)
                     waiting, due = [], time.monotonic() + self.pause
                 self.steps += 1
-            self.last()
+            self.on_end()
         except BaseException as error:
             self.error = error
 
     def _next(self, until):
-        """The next item, or None where none comes until then; `until` None waits for ever."""
+        """Return the next item, or None if none arrives until then; `until` None waits forever."""
         timeout = None if until is None else max(0.0, until - time.monotonic())
         try:
             return self.items.get(timeout=timeout)
