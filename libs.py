@@ -160,24 +160,3 @@ def prepare_image(image: np.ndarray, image_size, fit="squash", levels=None, chan
     if channels is None and image.ndim == 3 and (image == image[:, :, :1]).all():
         return image[:, :, 0]
     return image
-
-
-def image_digest(image: np.ndarray) -> bytes:
-    """16 bytes that two uint8 arrays share when their shapes and pixels are the same."""
-    digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
-    digest.update(image.tobytes())  # row by row, whatever the order in memory
-    return digest.digest()
-
-
-def table_digest(rows, image_digests) -> str:
-    """32 hex digits over the rows of a CSV, each a sequence of str, and over the images that they name, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for row, image in zip(rows, image_digests):
-        digest.update(",".join(row).encode() + b"\n" + image)
-    return digest.hexdigest()
-
-
-def cut_id(info: dict) -> str:
-    """The id of a cut, 32 hex digits over what dataset.json says of it: two cuts share it when they are the same."""
-    what = [info[name] for name in ("classes", "channels", "image_size", "shards", "test")]
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()

@@ -36,21 +36,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from libs import (
-    DATASETS,
-    UserError,
-    cut_id,
-    decode_image,
-    image_digest,
-    new_parser,
-    np,
-    number,
-    prepare_image,
-    run_script,
-    say,
-    table_digest,
-    tqdm,
-)
+from libs import DATASETS, UserError, decode_image, new_parser, np, number, prepare_image, run_script, say, tqdm
+from plumbing.common.split import image_digest, split_id, table_digest
 
 import cv2
 
@@ -766,7 +753,7 @@ def write_dataset(folder, args):
     }
     if args.without_test_set:
         info["test_fraction"] = args.test_fraction
-    info["id"] = cut_id(info)
+    info["id"] = split_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
     draw_split(folder / "partition.png", f"{args.dataset}, {args.partition}", info["split"], classes)
     if args.bundles:
