@@ -121,7 +121,7 @@ def test_net_with_batch_norm_over_single_values_trains_on_any_shard(tmp_path, co
 
     def net():
         torch.manual_seed(3)
-        return nn.Sequential(nn.Flatten(), nn.Linear(1024, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        return nn.Sequential(nn.Flatten(), nn.Linear(1024, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
 
     with pytest.raises(ValueError, match="more than 1 value"):
         net()(torch.rand(1, 1, 32, 32))
