@@ -101,7 +101,7 @@ def parse_args(settings=None, description=__doc__):
         "--compress",
         choices=COMPRESS,
         default=COMPRESS[0],
-        help="send parameters in half of the bytes (fp16) or a quarter (int8: as differences), for a slow network",
+        help="send parameters as differences in half of the bytes (fp16) or a quarter (int8), for a slow network",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
