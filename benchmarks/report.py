@@ -248,8 +248,8 @@ def compress():
         f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
         f"{table(header, rows)}\n\n"
         "Both send, of each array, the change since the model before: fp16 to 11 bits, int8 in 255 steps; what that is "
-        "too coarse for stays on the device, or in the server's model, which is float32, and goes with the next change. "
-        f"{verdict}"
+        "too coarse for stays on the device, or in the server's model, which is float32, and goes with the next change."
+        f" {verdict}"
     )
 
 
