@@ -53,7 +53,19 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, learned, set_arrays, trial
+from nets import (
+    NETS,
+    batch_norm_names,
+    build_net,
+    find_net,
+    fingerprint,
+    get_arrays,
+    learned,
+    read_saved,
+    seeded,
+    set_arrays,
+    trial,
+)
 from wire import WIRE, Holder
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
@@ -126,9 +138,9 @@ class OwnBatchNorm:
         if not self.path.exists():
             return {}
         try:
-            return dict(torch.load(self.path, map_location="cpu", weights_only=True))
-        except Exception as error:  # whatever torch makes of a damaged file
-            say(f"{self.path} cannot be read ({type(error).__name__}): batch norm begins with the server's")
+            return read_saved(self.path)
+        except (OSError, ValueError) as error:
+            say(f"{self.path} cannot be read ({error}): batch norm begins with the server's")
             return {}
 
 
@@ -171,22 +183,26 @@ class Client(NumPyClient):
         """Build `net`, for the cut `dataset_id` of the data (None: any). Raises UserError where that cannot be."""
         if net not in NETS:
             raise UserError(f"its nets.py has no net {net}")
-        size = self.loaders and tuple(self.loaders["fit"].dataset.images.shape[2:])
-        if size != NETS[net].image_size or dataset_id not in (None, self.about["dataset_id"]):
+        size, image_size = (
+            self.loaders and tuple(self.loaders["fit"].dataset.images.shape[2:]),
+            find_net(net).image_size,
+        )
+        if size != image_size or dataset_id not in (None, self.about["dataset_id"]):
             again = " anew" if self.loaders else ""
-            self.loaders, info = self.load(NETS[net].image_size)
+            self.loaders, info = self.load(image_size)
             self.about.update(describe_in_checkpoint(info))
             say(f"the shard was read{again}: {sizes(self.loaders)} images")
-        self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
+        with seeded(0):  # as the server does for its trial
+            self.model = build_net(net, self.loaders["fit"].dataset.images.shape[1], len(self.about["classes"]))
 
     def make_ready(self, net, dataset_id):
         """Build the net as `build` does: what the server has to know of it and of the data."""
         try:
             self.build(net, dataset_id)
-            answer = {"fingerprint": fingerprint(self.model), "trial": trial(self.model).tobytes()}
+            answer = {"trial": trial(self.model).tobytes(), "fingerprint": fingerprint(self.model)}
             self.model.to(self.device)  # the parameters to start from come with the first fit
-        except UserError as error:
-            answer = {"error": str(error)}
+        except Exception as error:
+            answer = {"error": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}
             if self.loaders is None:
                 return answer
         return {

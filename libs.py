@@ -30,17 +30,37 @@ from plumbing.common.files import atomic_write, lock_file
 from plumbing.common.process import UserError, mute_handlers, on_signal, printable, quiet_flower, run_script, say
 from plumbing.common.sockets import KEEPALIVE, keep_alive, tcp_sockets
 
-collecting = gc.isenabled()
-gc.disable()  # of a thousand modules nothing is garbage; to look for it, again and again, took a third of the start
-import numpy as np
-from tqdm import tqdm
 
-if Path(sys.argv[0]).name != "partition.py":  # which needs no torch, and would wait a second for it
-    import torch
-    from torch import nn
-gc.freeze()  # and later searches pass over them
-if collecting:
-    gc.enable()
+@contextlib.contextmanager
+def quick_imports():
+    """Import in this block without garbage collection, and leave what was imported out of later collections.
+
+    Of a thousand modules nothing is garbage, and searching them took a third of the start.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+with quick_imports():
+    import numpy as np
+    from tqdm import tqdm
+
+
+def __getattr__(name):
+    """Import `torch` and `nn` when they are first asked for: partition.py needs neither, and would wait a second."""
+    if name not in ("torch", "nn"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with quick_imports():
+        import torch
+    globals().update(torch=torch, nn=torch.nn)
+    return globals()[name]
+
 
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"

@@ -8,13 +8,21 @@ What else it may have: the attribute `augment`, which is the server's default fo
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import io
+import os
+import random
+import sys
+import zipfile
 from pathlib import Path
 
-from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, torch
+from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, printable, torch
 from plumbing.common.fast import MaxPool2d
 
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
 
@@ -74,17 +82,36 @@ NETS = {net.__name__: net for net in (LeNet5, GroupNet)}  # yours goes here
 
 
 def find_net(name: str) -> type[nn.Module]:
-    """The class that NETS has under `name`. Raises UserError where it has none of that name."""
+    """The class that NETS has under `name`. Raises UserError where it has none, or what is there can be no net."""
     if name not in NETS:
         raise UserError(f"nets.py has no net {name}; it has {', '.join(NETS)}")
-    return NETS[name]
+    net = NETS[name]
+    if not (isinstance(net, type) and issubclass(net, nn.Module) and net.__name__ == name):
+        raise UserError(f"net {name} cannot be used: NETS needs a class of that name, derived from nn.Module")
+    size = getattr(net, "image_size", None)
+    if not (isinstance(size, tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise UserError(f"net {name} cannot be used: its image_size is {printable(size, 40)}, not (height, width)")
+    return net
+
+
+@contextlib.contextmanager
+def blamed_on(name, what):
+    """Turn whatever goes wrong in this block into a UserError with the reason: nets are what users write themselves."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"net {name} cannot be {what}: {type(error).__name__}: {printable(error)}") from error
 
 
 def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none."""
-    model = find_net(name)(in_channels, num_classes)
-    model.in_channels, model.num_classes = in_channels, num_classes
-    return model
+    """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none, or it fails."""
+    net = find_net(name)
+    with blamed_on(name, "built"):
+        model = net(in_channels, num_classes)
+        model.in_channels, model.num_classes = in_channels, num_classes
+        return model
 
 
 def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float] | None) -> None:
@@ -140,37 +167,92 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def trial(model: nn.Module) -> np.ndarray:
-    """What `model` computes: a float32 vector of its outputs for fixed images and parameters, which replace its own.
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Make what is random in this block, on the CPU, the same each time; what follows is as random as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
-    First the logits in eval mode, then those in train mode and the buffers that this pass leaves. A net that is random
-    in training has a single nan for these. By it two nets with the same fingerprint are told apart (same_trial) when
-    what lies between their parameters differs: an activation, a pooling, a momentum.
-    """
+
+def fill(model: nn.Module) -> None:
+    """Give all parameters and buffers of `model` values that are the same on every machine, each others."""
     noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            values = torch.from_numpy(np.resize(noise, tuple(tensor.shape)))
-            if tensor.ndim > 1:
-                values = values / tensor[0].numel() ** 0.5  # so that the outputs stay about as large as the inputs
+    for index, (name, tensor) in enumerate(model.state_dict().items()):
+        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+            values = torch.from_numpy(np.resize(np.roll(noise, -index), tuple(tensor.shape)))
+            if tensor.dtype == torch.bool:
+                values = values > 0
+            elif tensor.ndim > 1:
+                values = values / (tensor[:1].numel() or 1) ** 0.5  # so that outputs stay about as large as inputs
             if name.endswith(("running_var", "input_std")):  # which are never negative or next to nothing
                 values = values.abs().clamp(0.01)
-            tensor.copy_(values)
-    model_device = next(iter(model.state_dict().values())).device
-    shape = (4, model.in_channels, *model.image_size)
-    images = torch.from_numpy(np.resize(noise, shape)).sigmoid().to(model_device)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs = [model.eval()(images)]
-        trained = model.train()(images)
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        outputs += [trained, *buffers] if torch.equal(trained, model(images)) else [torch.tensor(torch.nan)]
-    return np.concatenate([output.float().cpu().numpy().ravel() for output in outputs])
+            tensor.copy_(values * (0.6 + 0.8j) if tensor.is_complex() else values)
+        else:  # integers, such as indices, for which not any number will do
+            tensor.copy_(tensor.flatten().sort().values.view_as(tensor))
+
+
+def trial(model: nn.Module) -> np.ndarray:
+    """What a copy of `model`, which is on the CPU, computes for fixed images and parameters: float32 2×n, a row a seed.
+
+    Each row has a number for the random numbers that this machine draws, the rates of dropout layers, the logits in
+    eval mode, those in train mode, and the buffers that this pass leaves. By it two nets with the same fingerprint are
+    told apart (same_trial) when what lies between their parameters differs: an activation, a pooling, a momentum.
+    Raises UserError, with the reason, for a net that cannot be run or trained, or whose parameters cannot be sent.
+    """
+    rows, name, shape = [], type(model).__name__, (4, model.in_channels, *model.image_size)
+    noise = np.random.RandomState(1).uniform(size=65521).astype(np.float32)
+    images, labels = torch.from_numpy(np.resize(noise, shape)), torch.arange(4) % model.num_classes
+    rates = [layer.p for layer in model.modules() if isinstance(layer, _DropoutNd)]
+    for seed in (0, 1):
+        with seeded(seed):
+            draws = torch.cat([torch.empty(12).bernoulli_(0.5), (torch.empty(12).exponential_() > 0.7).float()])
+            with blamed_on(name, "run"):
+                net = copy.deepcopy(model)
+                fill(net)
+                set_arrays(net, get_arrays(net))
+                with torch.no_grad():
+                    logits = [net.eval()(images.clone())]
+            with blamed_on(name, "trained"):
+                if any(parameter.is_complex() for parameter in net.parameters()):
+                    raise TypeError("engines.Adam takes no complex parameters (complex buffers are fine)")
+                logits.append(net.train()(images.clone()))
+                for one in logits:
+                    check_logits(one, model)
+                nn.functional.cross_entropy(logits[1], labels).backward()
+        outputs = [(draws * 2.0 ** torch.arange(24)).sum(), torch.tensor(rates), *logits, *net.buffers()]
+        outputs = [torch.view_as_real(output) if output.is_complex() else output for output in outputs]
+        rows.append(torch.cat([output.detach().float().flatten() for output in outputs]))
+    return torch.stack(rows).numpy()
+
+
+def check_logits(logits, model):
+    """Raise UserError unless `logits`, the output of `model` for four images, is a float tensor of 4×num_classes."""
+    whole = isinstance(logits, torch.Tensor) and logits.is_floating_point()
+    if not whole or logits.shape != (4, model.num_classes):
+        found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        wanted = f"for 4 images and {model.num_classes} classes, not a float tensor of 4×{model.num_classes}"
+        raise UserError(f"net {type(model).__name__} cannot be used: it returns {found} {wanted}")
 
 
 def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two vectors of `trial` are the same, as far as boards and versions of torch compute the same."""
-    if one.shape != other.shape:
+    """Whether two results of `trial` are the same, as far as boards and versions of torch compute the same.
+
+    From one seed an Intel CPU draws other numbers than an ARM board (for dropout MKL's, which the latter has not). Then
+    only what does not depend on them is compared, which is what is the same for both seeds.
+    """
+    if one.size != other.size:
         return False
+    one = one.reshape(other.shape)
+    alike = slice(1, None) if np.array_equal(one[:, 0], other[:, 0]) else other[0] == other[1]
+    one, other = one[:, alike], other[:, alike]
     finite = np.abs(other[np.isfinite(other)])
     return np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, finite.max(initial=0)), equal_nan=True)
 
@@ -194,34 +276,56 @@ def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> 
             torch.save(checkpoint, file)
 
 
+def read_saved(path: Path | str) -> dict:
+    """The dictionary that torch.save wrote to `path`, on the CPU, after a look at the checksums in the file.
+
+    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or of another kind, and
+    OSError for one that cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself checks nothing
+            if archive.testzip() is not None:
+                raise ValueError("its checksum is wrong")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile and torch make of it
+        raise ValueError(f"it is damaged, or not of this suite: {printable(error)}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"it is not of this suite: it holds a {type(saved).__name__}")
+    return saved
+
+
 def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:
     """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary).
 
-    Runs no code from the file. Raises ValueError for a net that is not in this module.
+    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or no checkpoint, and for
+    one whose net this module has not, or has another of that name; OSError where it cannot be read.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_saved(path)
+    missing = [name for name in ("net", "in_channels", "num_classes", "model") if name not in checkpoint]
+    if missing:
+        raise ValueError(f"it is no checkpoint of this suite: it has no {', '.join(missing)}")
     if checkpoint["net"] not in NETS:
-        raise ValueError(f"its net is {checkpoint['net']}, which nets.py has not")
-    model = build_net(checkpoint["net"], checkpoint["in_channels"], checkpoint["num_classes"])
-    model.load_state_dict(checkpoint["model"])
+        raise ValueError(f"its net is {printable(checkpoint['net'], 40)}, which nets.py has not")
+    try:
+        model = build_net(checkpoint["net"], checkpoint["in_channels"], checkpoint["num_classes"])
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:
+        raise ValueError(f"it does not fit the {checkpoint['net']} of nets.py: {printable(error)}") from error
     return model.eval(), checkpoint
 
 
-def predict(model: nn.Module, checkpoint: dict, image: Path | str | np.ndarray) -> tuple[str, dict[str, float]]:
+def predict(model: nn.Module, checkpoint: dict, image) -> tuple[str, dict[str, float]]:
     """The class that `model` sees in `image`, and the probability of each: (name, {name: 0..1}).
 
-    `model` and `checkpoint` are what load_checkpoint returns; `image` is the path of a file, or an array as
-    decode_image returns it. It is prepared as the images of the training were. Raises UserError where it cannot be.
+    `model` and `checkpoint` are what load_checkpoint returns. `image` is the path of an image file, its bytes, a file
+    object, a PIL image, or an array of uint8 or uint16, H×W or H×W×C with C 1, 3 (RGB) or 4 (RGB and alpha). It is
+    prepared as the images of the training were. Raises UserError where it cannot be, and for anything else.
     """
-    if not isinstance(image, np.ndarray):
-        try:
-            image = decode_image(Path(image).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"image {image} cannot be read: {error}") from None
     size = model.image_size
     images = checkpoint.get("images") or {}  # an older checkpoint has none
     first = images.get("image_size") or size, images.get("fit") or "squash", images.get("levels")
-    image = prepare_image(image, *first, channels=model.in_channels)  # as partition.py did it
+    image = prepare_image(as_pixels(image), *first, channels=model.in_channels)  # as partition.py did it
     image = prepare_image(image, size, channels=model.in_channels)  # as the device did, where the net's size is another
     pixels = torch.from_numpy(image.reshape(1, *size, model.in_channels)).permute(0, 3, 1, 2).float().div(255)
     training, device = model.training, next(model.parameters()).device
@@ -230,3 +334,36 @@ def predict(model: nn.Module, checkpoint: dict, image: Path | str | np.ndarray) 
     model.train(training)
     names = checkpoint.get("classes") or [str(label) for label in range(model.num_classes)]
     return names[int(np.argmax(probabilities))], dict(zip(names, probabilities))
+
+
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL, those that a PNG keeps as they are
+
+
+def as_pixels(image):
+    """The array that decode_image would return for what predict takes as an `image`. Raises UserError."""
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind != "u" or image.dtype.itemsize > 2 or not image.size:
+            raise UserError(f"an array has to be uint8 or uint16, not {image.dtype}: scale it to 0..255 and convert it")
+        if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+            raise UserError(f"an array has to be H×W, H×W×1, H×W×3 or H×W×4, not {'×'.join(map(str, image.shape))}")
+        image = np.ascontiguousarray(image, f"u{image.dtype.itemsize}")
+        return image[:, :, 0] if image.shape[2:] == (1,) else image
+    shown = printable(image, 100) if isinstance(image, (str, os.PathLike)) else type(image).__name__
+    try:
+        if "PIL.Image" in sys.modules and isinstance(image, sys.modules["PIL.Image"].Image):
+            from PIL import ImageOps
+
+            if image.mode not in PNG_MODES:
+                raise UserError(f'a PIL image cannot be of mode {image.mode}: give image.convert("RGB")')
+            file = io.BytesIO()
+            ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
+            image = file.getvalue()
+        elif isinstance(image, (str, os.PathLike)):
+            image = Path(image).read_bytes()
+        elif hasattr(image, "read"):
+            image = image.read()
+        if not isinstance(image, (bytes, bytearray, memoryview)):
+            raise UserError(f"no image can be made of a {shown}: give a path, bytes, a PIL image or a numpy array")
+        return decode_image(bytes(image))
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {shown} cannot be read: {error}") from None

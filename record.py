@@ -24,14 +24,14 @@ import time
 import warnings
 from pathlib import Path
 
-from libs import ROOT, UserError, atomic_write, np, printable, say, torch, tqdm
+from libs import ROOT, UserError, atomic_write, np, printable, say, tqdm
 from plumbing.laptop.wandb_file import held_steps
 from plumbing.laptop.worker import Worker
 
 import pandas as pd
 
 from engines import count_answers, server_test_fn
-from nets import load_checkpoint, save_checkpoint, set_arrays
+from nets import load_checkpoint, read_saved, save_checkpoint, set_arrays
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
@@ -333,7 +333,11 @@ class Record:
 
     def _draw_confusion(self, best_path):
         """Show the best model all test images once more, and draw which class it takes for which."""
-        self.best_model = torch.load(best_path, map_location="cpu", weights_only=True)
+        try:
+            self.best_model = read_saved(best_path)
+        except ValueError as error:
+            say(f"{best_path} is not drawn: {error}")
+            return
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count_answers(self.test_loaders["test"], self.model)
         title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
@@ -389,6 +393,9 @@ def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tu
     path = folder / "server.ptl"
     try:
         saved, checkpoint = load_checkpoint(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot resume from {path}: {error}{way_out(folder)}") from None
+    try:
         mine = {"dataset": about["dataset"], "net": type(model).__name__, "num_classes": model.num_classes}
         for name, value in {**mine, "in_channels": model.in_channels}.items():
             if checkpoint[name] != value:
@@ -403,9 +410,20 @@ def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tu
         raise
     except ValueError as error:
         raise UserError(f"cannot resume from {path}: {error}") from None
-    except Exception as error:  # whatever torch.load, load_state_dict and pandas make of files that are not ours
+    except Exception as error:  # whatever pandas and load_state_dict make of files that are not ours
         reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
         raise UserError(f"cannot resume from {path}: {reason}") from None
+
+
+def way_out(folder):
+    """How to resume without server.ptl in `folder`, as the end of a sentence; "" where best.ptl cannot be read."""
+    best = folder / FILES["best"]
+    try:
+        _, checkpoint = load_checkpoint(best)
+    except (OSError, ValueError):
+        return ""
+    command = shlex.join(["cp", str(best), str(folder / FILES["model"])])
+    return f"; to resume from best.ptl, of round {checkpoint.get('round')}, first: {command}"
 
 
 def best_of(folder, last_round, about):
@@ -419,10 +437,11 @@ def best_of(folder, last_round, about):
         if not last_round or not path.exists():
             continue
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = read_saved(path)
             accuracy = checkpoint["metrics"].get("test_accuracy")
             counts = checkpoint["round"] <= last_round and other_data(checkpoint, about) is None
-        except Exception:  # a damaged best.ptl, which the next best model replaces
+        except Exception as error:  # a damaged best.ptl, which the next best model replaces
+            say(f"{path} is not used: {printable(error)}")
             continue
         if counts and accuracy is not None and accuracy > best:
             best, best_path = accuracy, path
@@ -812,7 +831,7 @@ class Curves:
 
         So a run that is killed has sent none; they lie in ckps/, and the end of the resumed run sends them.
         """
-        abouts = {alias: torch.load(path, map_location="cpu", weights_only=True) for alias, path in models.items()}
+        abouts = {alias: read_saved(path) for alias, path in models.items()}
         if len({about["round"] for about in abouts.values()}) == 1:
             models = dict(list(models.items())[:1])
         for alias, path in models.items():  # each is given "latest" too, by wandb itself, and the last one keeps it

@@ -61,7 +61,17 @@ from flwr.server.compat.app import start_grid
 
 from data import describe_in_checkpoint, load_test
 from engines import client_fit_fn
-from nets import batch_norm_names, build_net, count_parameters, find_net, fingerprint, learned, normalise_input, trial
+from nets import (
+    batch_norm_names,
+    build_net,
+    count_parameters,
+    find_net,
+    fingerprint,
+    learned,
+    normalise_input,
+    seeded,
+    trial,
+)
 from record import MANY, Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
@@ -101,7 +111,7 @@ def parse_args(settings=None, description=__doc__):
         "--compress",
         choices=COMPRESS,
         default=COMPRESS[0],
-        help="send parameters in half of the bytes (fp16) or a quarter (int8: as differences), for a slow network",
+        help="send parameters as differences in half of the bytes (fp16) or a quarter (int8), for a slow network",
     )
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
@@ -588,6 +598,8 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
     if args.compress != "off" and not any(learned(model)):
         raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
+    with seeded(0):  # a net may have random buffers
+        outputs = trial(build_net(args.net, info["channels"], len(info["classes"])))
     folder = ckps / args.dataset
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
@@ -659,7 +671,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         "num_classes": len(info["classes"]),
         "net": args.net,
         "fingerprint": fingerprint(model),
-        "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
+        "trial": outputs,
     }
 
     def describe_client(cid, properties):

@@ -59,7 +59,7 @@ def average(updates: list[tuple[int, list[np.ndarray]]]) -> list[np.ndarray]:
     total = sum(num_examples for num_examples, _ in updates)
     means = []
     for arrays in zip(*(arrays for _, arrays in updates)):
-        mean = np.zeros(arrays[0].shape, np.float64)
+        mean = np.zeros(arrays[0].shape, np.result_type(arrays[0], np.float64))  # complex128 where they are complex
         for (num_examples, _), array in zip(updates, arrays):
             mean += array * np.float64(num_examples / total)
         means.append(as_sent(mean, arrays))
@@ -69,7 +69,7 @@ def average(updates: list[tuple[int, list[np.ndarray]]]) -> list[np.ndarray]:
 def as_sent(mean, arrays):
     """`mean`, a float64 array of something between the `arrays`, in their dtype; integers are rounded."""
     dtype = arrays[0].dtype
-    if dtype.kind == "f":
+    if dtype.kind in "fc":
         return mean.astype(dtype)
     low, high = np.minimum.reduce(arrays), np.maximum.reduce(arrays)
     with np.errstate(invalid="ignore"):  # 2**63 - 1 rounds up in float64, and comes back by the clip
@@ -121,7 +121,7 @@ def check_arrays(tensors: list[bytes], expected) -> list[np.ndarray]:
             raise Rejected(f"array {name} cannot be read: {printable(error)}") from None
         if array.shape != like.shape or array.dtype != like.dtype:
             raise Rejected(f"array {name} is {array.dtype} {array.shape}, not {like.dtype} {like.shape}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind in "fc" and not np.isfinite(array).all():
             raise Rejected(f"array {name} has values that are not finite")
         if name.endswith("running_var") and (array < 0).any():
             raise Rejected(f"array {name} has negative variances")

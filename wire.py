@@ -1,8 +1,9 @@
 """What stands for a net's parameters on the wire; for both of its ends, registry.py and client.py.
 
 A device that holds a model already, as the averaged one that it has just evaluated, is sent its name alone when it is
-to train from it. And --compress shrinks the float32 parameters, not the buffers: fp16 makes float16 of them, int8 8-bit
-differences: a device's to the model that it was sent, the server's to the model before.
+to train from it. And --compress shrinks the float32 parameters, not the buffers, to differences of 16 bits (fp16) or 8
+bits (int8): a device's to the model that it was sent, the server's to the model before. What a difference is too coarse
+for goes with the next one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from libs import np
 
 from flwr.common import Parameters
 
-COMPRESS = ("off", "fp16", "int8")
-WIRE = 1  # what a client says in the handshake that can do what is described here; others get Flower's plain arrays
+WIRE = 2  # what a client says in the handshake that can do what is described here; others get Flower's plain arrays
 # To it tensor_type is "<compress> <name of the model>", and there are no tensors where it holds that model. A tensor is
-# an .npy or, where it was shrunk, a mark, the number of dimensions (uint8), these (uint32), and float16 values, or a
-# scale (float32) and int8 values. All numbers are little-endian.
-HALF, DIFFERENCE = b"fp16", b"int8"
-LEAST = 2.0**-14  # float16's smallest number with all of its digits
+# an .npy or, where it was shrunk, a mark, the number of dimensions (uint8), these (uint32), a scale (float32), and the
+# difference divided by the scale, in the mark's type. All numbers are little-endian.
+COMPRESS = ("off", "fp16", "int8")
+SHRUNK = {"fp16": ("<f2", 2**15), "int8": ("i1", 127)}  # by mark: the type, and what the greatest difference becomes
 
 
 def write_npy(array: np.ndarray) -> bytes:
@@ -36,51 +36,38 @@ def read_npy(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def write_shrunk(mark, array, before=b""):
-    return mark + struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape) + before + array.tobytes()
-
-
-def to_half(data: bytes) -> bytes:
-    """A float32 .npy as a tensor of float16; as it is where that cannot be: infinite, or too small for its digits."""
-    array = read_npy(data)
-    with np.errstate(over="ignore"):
-        half = array.astype("<f2")
-    if not np.isfinite(half).all() or 0 < np.abs(array).max(initial=0) < LEAST:
-        return data
-    return write_shrunk(HALF, half)
-
-
-def to_difference(data: bytes, base: bytes) -> bytes:
-    """A float32 .npy as a tensor of 8-bit differences to `base`; as it is where there is no finite difference."""
+def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
+    """A float32 .npy as its difference to `base`, shrunk by `mark`; as it is where there is no finite difference."""
+    dtype, greatest = SHRUNK[mark]
     with np.errstate(over="ignore", invalid="ignore"):
         change = read_npy(data) - read_npy(base)
-        scale = np.abs(change).max(initial=0) / np.float32(127)
+        scale = np.abs(change).max(initial=0) / np.float32(greatest)
     if not np.isfinite(scale):
         return data
-    steps = np.rint(change / scale) if scale > 0 else change
-    return write_shrunk(DIFFERENCE, steps.clip(-127, 127).astype(np.int8), scale.astype("<f4").tobytes())
+    steps = (change / scale if scale > 0 else change).clip(-greatest, greatest)
+    steps = np.rint(steps) if mark == "int8" else steps
+    head = struct.pack(f"<B{change.ndim}If", change.ndim, *change.shape, scale)
+    return mark.encode() + head + steps.astype(dtype).tobytes()
 
 
 def restore(data: bytes, base: bytes | None = None) -> bytes:
     """The .npy that a tensor stands for; `base` is the one that a difference is to. Raises ValueError for nonsense."""
-    mark = data[:4]
-    if mark not in (HALF, DIFFERENCE):
+    mark = data[:4].decode("latin-1")
+    if mark not in SHRUNK:
         return data
     try:
         (ndim,) = struct.unpack_from("<B", data, 4)
-        shape, values = struct.unpack_from(f"<{ndim}I", data, 5), data[5 + 4 * ndim :]
-        if mark == HALF:
-            return write_npy(np.frombuffer(values, "<f2").reshape(shape).astype(np.float32))
-        if base is None:
-            raise ValueError("a difference to nothing that was sent")
-        (scale,), like = struct.unpack_from("<f", values), read_npy(base)
-        steps = np.frombuffer(values, np.int8, offset=4).reshape(shape).astype(np.float32)
-        if steps.shape != like.shape or like.dtype != np.float32:
-            raise ValueError(f"a difference of shape {shape} to {like.dtype} {like.shape}")
-        with np.errstate(over="ignore", invalid="ignore"):
-            return write_npy(like + steps * np.float32(scale))
+        *shape, scale = struct.unpack_from(f"<{ndim}If", data, 5)
     except struct.error:
         raise ValueError(f"an array of {len(data)} bytes is cut off") from None
+    if base is None:
+        raise ValueError("a difference to nothing that was sent")
+    steps = np.frombuffer(data, SHRUNK[mark][0], offset=9 + 4 * ndim).reshape(shape).astype(np.float32)
+    like = read_npy(base)
+    if steps.shape != like.shape or like.dtype != np.float32:
+        raise ValueError(f"a difference of shape {steps.shape} to {like.dtype} {like.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return write_npy(like + steps * np.float32(scale))
 
 
 def restore_all(tensors, bases):
@@ -90,11 +77,11 @@ def restore_all(tensors, bases):
 
 
 class Model:
-    """A model as devices get it: `tensors` is what they then hold (.npy), the others stand for it on the wire."""
+    """A model as devices get it: `tensors` is what they then hold (.npy)."""
 
-    def __init__(self, tensors, whole, before=None, differences=None):
-        self.tensors, self.whole = tensors, whole
-        self.before, self.differences = before, differences  # to those that hold the Model `before`
+    def __init__(self, tensors, before=None, differences=None):
+        self.tensors = tensors
+        self.before, self.differences = before, differences  # what stands for it to those that hold the Model `before`
         digest = hashlib.sha256()
         for data in tensors:
             digest.update(data)
@@ -120,20 +107,16 @@ class Sender:
             return self.model
 
     def _make(self, tensors, before):
-        if self.compress == "fp16":
-            whole = [to_half(data) if learned else data for data, learned in zip(tensors, self.learned)]
-            return Model(restore_all(whole, None), whole)
-        if self.compress == "int8" and before is not None:
-            triples = zip(tensors, before.tensors, self.learned)
-            differences = [to_difference(data, base) if learned else data for data, base, learned in triples]
-            tensors = restore_all(differences, before.tensors)
-            before.before = None  # or no model would ever be forgotten
-            return Model(tensors, tensors, before, differences)
-        return Model(tensors, tensors)
+        if self.compress == "off" or before is None:
+            return Model(tensors)
+        triples = zip(tensors, before.tensors, self.learned)
+        differences = [to_difference(data, base, self.compress) if learned else data for data, base, learned in triples]
+        before.before = None  # or no model would ever be forgotten
+        return Model(restore_all(differences, before.tensors), before, differences)
 
     def pack(self, model: Model, held: Model | None) -> Parameters:
         """What to send of `model` to a device that holds the Model `held`, or None."""
-        tensors = model.whole
+        tensors = model.tensors
         if held is not None and held.name == model.name:
             tensors = []
         elif held is not None and held is model.before:
@@ -142,7 +125,7 @@ class Sender:
 
 
 class Holder:
-    """A device's end of one connection: the model that it was sent last, and what int8 has kept back.
+    """A device's end of one connection: the model that it was sent last, and what differences were too coarse for.
 
     `learned` is called for nets.learned of the net that is trained.
     """
@@ -165,17 +148,17 @@ class Holder:
     def pack(self, parameters: Parameters) -> Parameters:
         """What to send back for `parameters`, Flower's plain arrays."""
         tensors = parameters.tensors
-        if self.compress not in ("fp16", "int8") or len(tensors) != len(self.tensors):
+        if self.compress not in SHRUNK or len(tensors) != len(self.tensors):
             return parameters
-        shrink = (lambda index, data: to_half(data)) if self.compress == "fp16" else self._difference
         pairs = enumerate(zip(tensors, self.learned()))
-        return Parameters([shrink(index, data) if learned else data for index, (data, learned) in pairs], self.compress)
+        shrunk = [self._difference(index, data) if learned else data for index, (data, learned) in pairs]
+        return Parameters(shrunk, self.compress)
 
     def _difference(self, index, data):
         """The array as a difference, together with what the last rounds' differences were too coarse for."""
         self.rests = self.rests or [np.float32(0)] * len(self.tensors)
         whole, base = read_npy(data) + self.rests[index], self.tensors[index]
-        sent = to_difference(write_npy(whole), base)
+        sent = to_difference(write_npy(whole), base, self.compress)
         with np.errstate(invalid="ignore"):
             self.rests[index] = np.nan_to_num(whole - read_npy(restore(sent, base)), posinf=0, neginf=0)
         return sent

@@ -247,9 +247,9 @@ def compress():
         f"Test accuracy after {count} rounds on all of CIFAR-10, ten clients of 4,000 fit images each, n = "
         f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
         f"{table(header, rows)}\n\n"
-        "fp16 rounds each parameter to 11 bits, both ways; the server's mean stays float32. int8 sends, of each array, "
-        "the change since the model before in 255 steps; what a step was too coarse for stays on the device, or in the "
-        f"server's model, and goes with the next change. {verdict}"
+        "Both send, of each array, the change since the model before: fp16 to 11 bits, int8 in 255 steps; what that is "
+        "too coarse for stays on the device, or in the server's model, which is float32, and goes with the next change."
+        f" {verdict}"
     )
 
 
