@@ -73,7 +73,7 @@ stop: .venv-deploy/setup
 test: .venv/setup-test .venv-deploy/setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m ruff check --target-version py38 libs.py data.py nets.py engines.py wire.py client.py \
+	$(PYTHON) -m ruff check --target-version py38 libs.py data.py nets.py engines.py client.py \
 		plumbing/__init__.py plumbing/common plumbing/device
 	$(PYTHON) -m pytest
 

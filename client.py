@@ -43,6 +43,7 @@ from libs import (
     tcp_sockets,
     torch,
 )
+from plumbing.common.wire import WIRE, Holder
 from plumbing.device.machine import describe_machine, device_id, sensors
 
 import grpc
@@ -66,7 +67,6 @@ from nets import (
     set_arrays,
     trial,
 )
-from wire import WIRE, Holder
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more

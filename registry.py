@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator
 
 from libs import KEEPALIVE, keep_alive, np, printable, prove, say, tcp_sockets
+from plumbing.common.wire import WIRE, Sender, restore_all
 
 from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
 from flwr.server import SimpleClientManager
@@ -23,7 +24,6 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
 
 from nets import same_trial
-from wire import WIRE, Sender, restore_all
 
 # Flower keeps one stream to each client, on which it answers one question at a time. Besides fit and evaluate the
 # questions are get_properties, whose dictionary says what is meant:

@@ -53,6 +53,7 @@ from libs import (
     split_address,
     torch,
 )
+from plumbing.common.wire import COMPRESS, Sender
 
 import flwr.server
 from flwr.common import Code
@@ -75,7 +76,6 @@ from nets import (
 from record import MANY, Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
 from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
-from wire import COMPRESS, Sender
 
 LEAST_PATIENCE = 60  # seconds that a client may be away at least, until its absence is told
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from libs import np, torch
+from plumbing.common.wire import COMPRESS, Holder, Sender, restore_all
 
 from common import HERE, about_this_run, write_json
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
@@ -19,7 +20,6 @@ from data import load_shard, load_test
 from engines import client_fit_fn, run_epoch
 from nets import build_net, get_arrays, learned, set_arrays
 from strategies import average
-from wire import COMPRESS, Holder, Sender, restore_all
 
 CLIENTS, NET = 10, "LeNet5"
 

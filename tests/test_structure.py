@@ -4,8 +4,8 @@ import ast
 
 from helpers import ROOT
 
-SCRIPTS = ("libs", "nets", "data", "engines", "record", "strategies", "wire", "registry", "server")
-DEVICE = {"libs", "nets", "data", "engines", "wire", "client"}  # what a device has of the root
+SCRIPTS = ("libs", "nets", "data", "engines", "record", "strategies", "registry", "server")
+DEVICE = {"libs", "nets", "data", "engines", "client"}  # what a device has of the root
 LAPTOP_ONLY = {"pandas", "wandb", "matplotlib"}
 ROOMS = {  # of plumbing: what else of plumbing each may import
     "common": set(),

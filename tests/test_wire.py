@@ -2,13 +2,14 @@
 
 import re
 
+from plumbing.common import wire
+
 import numpy as np
 import pytest
 import torch
 from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from helpers import history, lines, start_patched, wait_until
 
-import wire
 from nets import LeNet5, get_arrays, learned
 
 # A client that prints the bytes of every message with parameters, and a digest of those that it then has.

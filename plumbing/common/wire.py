@@ -14,8 +14,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from libs import np
-
+import numpy as np
 from flwr.common import Parameters
 
 WIRE = 2  # what a client says in the handshake that can do what is described here; others get Flower's plain arrays
