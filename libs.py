@@ -141,6 +141,12 @@ def plain_args(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
+def list_datasets(folder: Path) -> str:
+    """What to add to a message about a dataset that is not in the folder datasets/: those that are, "" without any."""
+    names = sorted(path.parent.name for path in folder.glob("[!.]*/dataset.json"))
+    return f" (--dataset can be {', '.join(names)})" if names else ""
+
+
 def find_folder(config: dict) -> Path:
     """The suite's own folder, of which a Flower App knows by its `config` alone. Raises UserError where it does not."""
     folder = config.get("folder", "")

@@ -42,6 +42,7 @@ from libs import (
     cut_id,
     decode_image,
     image_digest,
+    list_datasets,
     new_parser,
     np,
     number,
@@ -808,7 +809,8 @@ def show(folder):
     try:
         classes = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} has no dataset.json that this script wrote: cut the dataset first") from None
+        others = list_datasets(folder.parent)
+        raise UserError(f"{folder} has no dataset.json that this script wrote{others}: cut the dataset first") from None
     cids = [path.stem[len("client_") :] for path in (folder / "clients").glob("client_*.csv")]
     rows = []
     for cid in sorted(int(cid) for cid in cids if cid.isdecimal()):

@@ -334,9 +334,23 @@ def test_damaged_zips(refuse, tmp_path):
 # The dataset, as client and server read it.
 
 
-@pytest.mark.parametrize("script, args", [("client.py", ["--cid", 0]), ("server.py", [])])
-def test_no_dataset(refuse, script, args):
-    refuse(script, ["--dataset", "Flowers", *args], refuse.datasets / "Flowers")
+@pytest.mark.parametrize(
+    "script, args, remedy",
+    [
+        ("client.py", ["--cid", 0], "unpack the device's bundle: tar xf client_0.tar -C {root}\n"),
+        ("server.py", [], "run partition.py --dataset small\n"),
+    ],
+)
+def test_no_dataset(refuse, script, args, remedy):
+    """The remedy is that of the script's own machine, and what is there is listed, for one who misspelt it."""
+    remedy = remedy.format(root=refuse.datasets.parent)
+    missing = refuse.datasets / "small"
+    refuse(script, ["--dataset", "small", *args], f"no dataset in {missing} (--dataset can be Small): {remedy}")
+    missing.mkdir()
+    refuse(script, ["--dataset", "small", *args], f"there is no {missing}", remedy)
+    missing.rmdir()
+    shutil.rmtree(refuse.datasets / "Small")
+    refuse(script, ["--dataset", "small", *args], f"no dataset in {missing}: {remedy}")
 
 
 @pytest.mark.parametrize("script, args", [("client.py", ["--cid", 0]), ("server.py", [])])
@@ -351,7 +365,7 @@ def test_cid_that_does_not_exist(refuse):
     shutil.copy(refuse.datasets / "Small/clients/client_0.csv", refuse.datasets / "Small/clients/client_0 (copy).csv")
     refuse("client.py", ["--cid", 10], "client_10.csv", "0, 1, 2")
     shutil.rmtree(refuse.datasets / "Small" / "clients")
-    refuse("client.py", ["--cid", 0], "client_0.csv")
+    refuse("client.py", ["--cid", 0], "client_0.csv", f"tar xf client_0.tar -C {refuse.datasets.parent}")
 
 
 # A change to a good CSV of three rows, and what the message must name besides the file.
