@@ -34,6 +34,7 @@ from libs import (
     keep_alive,
     lock_file,
     new_parser,
+    nonempty_path,
     np,
     number,
     on_signal,
@@ -77,8 +78,8 @@ def parse_args():
     parser.add_argument(
         "--max_wait_time", type=number(float, 0), default=600, help="seconds without a server until giving up; 0: never"
     )
-    parser.add_argument("--secret_file", type=Path, help="file with the secret that the server knows too")
-    parser.add_argument("--root_certificate", type=Path, help="the server's ca.pem; makes the connection TLS")
+    parser.add_argument("--secret_file", type=nonempty_path, help="file with the secret that the server knows too")
+    parser.add_argument("--root_certificate", type=nonempty_path, help="the server's ca.pem; makes the connection TLS")
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     args = parser.parse_args()
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)

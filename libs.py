@@ -136,6 +136,20 @@ def number(kind, low, high=float("inf"), inside=False):
     return parse
 
 
+def nonempty_path(text):
+    """An argparse type: a Path. "", as of a variable that is not set, would be the folder that the script runs in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def given_flags(parser: argparse.ArgumentParser, argv=None) -> set[str]:
+    """The names of the arguments that are in `argv` (None: the command line); `parser` has no defaults afterwards."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
 def plain_args(args: argparse.Namespace) -> dict:
     """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

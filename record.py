@@ -15,6 +15,7 @@ import json
 import math
 import os
 import queue
+import re
 import shlex
 import shutil
 import statistics
@@ -522,7 +523,8 @@ def earlier_run(folder):
 
 def moved_aside(folder):
     """The folders to which earlier runs of `folder` were moved and from which one can go on, the newest last."""
-    return sorted(path.parent for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/server.ptl"))
+    dated = re.compile(re.escape(folder.name) + r"\.\d{4}-\d\d-\d\d_\d{6}(_\d+)?")  # no run of a dataset like Name.v2
+    return sorted(path.parent for path in folder.parent.glob("*/server.ptl") if dated.fullmatch(path.parent.name))
 
 
 def how_to_resume(folder):
