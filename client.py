@@ -27,6 +27,8 @@ from pathlib import Path
 from libs import (
     CKPS,
     DATASETS,
+    UNNAMED,
+    VERSION,
     UserError,
     atomic_write,
     find_folder,
@@ -153,6 +155,7 @@ class Client(NumPyClient):
         self.properties, self.load = properties or {}, load
         self.own = OwnBatchNorm(save_ckp_path and Path(save_ckp_path).with_suffix(".bn"))
         self.notice = {}  # what the server said before it sends us away
+        self.versioned = True  # whether it names its version, as it also does in its reasons where ours is another
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
         self.answered = None  # when a fit or evaluate was answered last
@@ -164,12 +167,19 @@ class Client(NumPyClient):
         Also takes its notices, "turned_away" or "stopped", each with its reason.
         """
         self.notice = {name: config[name] for name in ("turned_away", "stopped") if name in config}
+        if "turned_away" in config and not self.versioned:
+            versions = f"this client runs FL-IoT {VERSION}, the server {UNNAMED}: update the older one"
+            self.notice["turned_away"] = f"{config['turned_away']} ({versions})"
         if "net" in config:
             return {**self.properties, **self.make_ready(config["net"], config.get("dataset_id"))}
         if "nonce" in config:
+            self.versioned = "version" in config
             say("connected to the server")
+            who = {**self.properties, "version": VERSION}
+            who["net"] = f"the server's choice (FL-IoT {VERSION})"  # for the first servers, which expect and show one
             if self.secret is not None:
-                return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
+                who["proof"] = prove(self.secret, config["nonce"], self.properties["cid"])
+            return who
         return self.properties
 
     def build(self, net, dataset_id):

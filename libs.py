@@ -77,6 +77,8 @@ gc.freeze()  # and later searches pass over them
 if collecting:
     gc.enable()
 
+VERSION = "1.1.0"  # of the suite, as in pyproject.toml; client and server tell it each other
+UNNAMED = "before 1.1.0"  # the versions that did not
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"
