@@ -2,8 +2,9 @@
 
     python client.py --server_address 192.168.1.10 --dataset CIFAR10 --cid 3
 
-Reads the shard that partition.py wrote, waits for the server and trains in each of its rounds. Sends back parameters
-and metrics, never an image. Reconnects by itself; ends with exit code 0 when the server says that training is over.
+Reads the shard that partition.py wrote, waits for the server (--max_wait_time) and trains in each of its rounds. Sends
+back parameters and metrics, never an image. Reconnects by itself; ends with exit code 0 when the server says that
+training is over.
 """
 
 from __future__ import annotations
@@ -452,7 +453,7 @@ def stay_connected(client: Client, host: str, port: int, root_certificate: Path 
                 last_seen, tries, said = time.monotonic(), 0, None
         waited = time.monotonic() - last_seen
         if max_wait_time and waited >= max_wait_time:
-            say(f"{problem}; giving up after {max_wait_time:g} s")
+            say(f"{problem}; giving up after {max_wait_time:g} s (--max_wait_time)")
             return 1
         if problem != said:
             say(f"{problem}; trying again")
