@@ -2,8 +2,9 @@
 
     python client.py --server_address 192.168.1.10 --dataset CIFAR10 --cid 3
 
-Reads the shard that partition.py wrote, waits for the server and trains in each of its rounds. Sends back parameters
-and metrics, never an image. Reconnects by itself; ends with exit code 0 when the server says that training is over.
+Reads the shard that partition.py wrote, waits for the server (--max_wait_time) and trains in each of its rounds. Sends
+back parameters and metrics, never an image. Reconnects by itself; ends with exit code 0 when the server says that
+training is over.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from libs import (
     CKPS,
     DATASETS,
+    UNNAMED,
+    VERSION,
     UserError,
     atomic_write,
     find_folder,
@@ -30,6 +33,7 @@ from libs import (
     keep_alive,
     lock_file,
     new_parser,
+    nonempty_path,
     np,
     number,
     on_signal,
@@ -85,8 +89,8 @@ def parse_args():
     parser.add_argument(
         "--max_wait_time", type=number(float, 0), default=600, help="seconds without a server until giving up; 0: never"
     )
-    parser.add_argument("--secret_file", type=Path, help="file with the secret that the server knows too")
-    parser.add_argument("--root_certificate", type=Path, help="the server's ca.pem; makes the connection TLS")
+    parser.add_argument("--secret_file", type=nonempty_path, help="file with the secret that the server knows too")
+    parser.add_argument("--root_certificate", type=nonempty_path, help="the server's ca.pem; makes the connection TLS")
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     args = parser.parse_args()
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
@@ -160,6 +164,7 @@ class Client(NumPyClient):
         self.properties, self.load = properties or {}, load
         self.own = OwnBatchNorm(save_ckp_path and Path(save_ckp_path).with_suffix(".bn"))
         self.notice = {}  # what the server said before it sends us away
+        self.versioned = True  # whether it names its version, as it also does in its reasons where ours is another
         self.heard = False  # whether the server has asked anything yet on this connection
         self.listening = None  # since when it is the server's turn; None while we work
         self.answered = None  # when a fit or evaluate was answered last
@@ -171,12 +176,19 @@ class Client(NumPyClient):
         Also takes its notices, "turned_away" or "stopped", each with its reason.
         """
         self.notice = {name: config[name] for name in ("turned_away", "stopped") if name in config}
+        if "turned_away" in config and not self.versioned:
+            versions = f"this client runs FL-IoT {VERSION}, the server {UNNAMED}: update the older one"
+            self.notice["turned_away"] = f"{config['turned_away']} ({versions})"
         if "net" in config:
             return {**self.properties, **self.make_ready(config["net"], config.get("dataset_id"))}
         if "nonce" in config:
+            self.versioned = "version" in config
             say("connected to the server")
+            who = {**self.properties, "version": VERSION}
+            who["net"] = f"the server's choice (FL-IoT {VERSION})"  # for the first servers, which expect and show one
             if self.secret is not None:
-                return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
+                who["proof"] = prove(self.secret, config["nonce"], self.properties["cid"])
+            return who
         return self.properties
 
     def build(self, net, dataset_id):
@@ -453,7 +465,7 @@ def stay_connected(client: Client, host: str, port: int, root_certificate: Path 
                 last_seen, tries, said = time.monotonic(), 0, None
         waited = time.monotonic() - last_seen
         if max_wait_time and waited >= max_wait_time:
-            say(f"{problem}; giving up after {max_wait_time:g} s")
+            say(f"{problem}; giving up after {max_wait_time:g} s (--max_wait_time)")
             return 1
         if problem != said:
             say(f"{problem}; trying again")

@@ -6,9 +6,10 @@ load_shard is for client.py and the device's own shard, load_test for server.py 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
-from libs import UserError, np, prepare_image, torch
+from libs import UserError, list_datasets, np, prepare_image, torch
 from plumbing.common.split import image_digest, read_table, split_id, table_digest
 
 
@@ -19,11 +20,9 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
     of the files), "shards" (a digest a cid), "test" (a digest), "mean" and "std" (of all training images, a float in
     0..1 a channel), "split" (a list a cid: how many of each class), each None where dataset.json does not say; and
     "images", what nets.predict needs to prepare an image as these were. Without the file a name containing MNIST means
-    one channel, any other three, and the classes are the ten digits. Raises UserError when the folder is missing, or
-    dataset.json is not what partition.py writes.
+    one channel, any other three, and the classes are the ten digits. Raises UserError when dataset.json is not what
+    partition.py writes.
     """
-    if not folder.is_dir():
-        raise UserError(f"no dataset in {folder}: run partition.py, or unpack the device's bundle there")
     path = folder / "dataset.json"
     known = ("id", "num_clients", "image_size", "shards", "test", "mean", "std", "split", "fit", "levels")
     info = dict.fromkeys(known)
@@ -145,17 +144,27 @@ def check_cut(folder, info, path, table, digests, expected, remedy):
         )
 
 
+def check_there(folder, path, remedy):
+    """Raise UserError, with the `remedy`, unless there is a dataset in `folder`, with its table `path`."""
+    if not folder.is_dir():
+        raise UserError(f"no dataset in {folder}{list_datasets(folder.parent)}: {remedy}")
+    if not path.exists():
+        raise UserError(f"there is no {path}: {remedy}")
+
+
 def load_shard(folder: Path, cid: int, device, image_size=(32, 32)) -> tuple[dict[str, BatchLoader], dict]:
     """The loaders for a shard, {"fit": BatchLoader, "eval": BatchLoader}, on `device`; and describe_dataset's answer.
 
     Raises UserError where a file is missing, damaged, or not of the cut that `folder`/dataset.json describes.
     """
-    info = describe_dataset(folder.name, folder)
     path = folder / "clients" / f"client_{cid}.csv"
-    if not path.exists():
-        names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
-        cids = sorted(int(name) for name in names if name.isdecimal())
-        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids)) or 'nothing yet'}")
+    names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
+    cids = sorted(int(name) for name in names if name.isdecimal())
+    if cids and not path.exists():
+        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids))}")
+    root = shlex.quote(str(folder.parent.parent))
+    check_there(folder, path, f"unpack the device's bundle: tar xf client_{cid}.tar -C {root}")
+    info = describe_dataset(folder.name, folder)
     table = read_table(path, len(info["classes"]), ("fit", "eval"))
     loaders, digests = {}, {}
     for phase, batch_size in (("fit", 32), ("eval", 64)):
@@ -172,8 +181,9 @@ def load_shard(folder: Path, cid: int, device, image_size=(32, 32)) -> tuple[dic
 
 def load_test(folder: Path, image_size=(32, 32)) -> tuple[BatchLoader, dict]:
     """The test set as (BatchLoader, describe_dataset's answer), on the CPU. Raises UserError as load_shard does."""
-    info = describe_dataset(folder.name, folder)
     path = folder / "test.csv"
+    check_there(folder, path, f"run partition.py --dataset {folder.name}")
+    info = describe_dataset(folder.name, folder)
     table = read_table(path, len(info["classes"]))
     test = ImageDataset(table, folder / "test", image_size)
     if test.images.shape[1] != info["channels"]:

@@ -19,8 +19,11 @@ from pathlib import Path
 
 from plumbing.common.arguments import (
     find_folder,
+    given_flags,
     join_address,
+    list_datasets,
     new_parser,
+    nonempty_path,
     number,
     plain_args,
     read_secret,
@@ -62,6 +65,8 @@ def __getattr__(name):
     return globals()[name]
 
 
+VERSION = "1.1.0"  # of the suite, as in pyproject.toml; client and server tell it each other
+UNNAMED = "before 1.1.0"  # the versions that did not
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"

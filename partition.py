@@ -36,7 +36,21 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from libs import DATASETS, UserError, decode_image, new_parser, np, number, prepare_image, run_script, say, tqdm
+from libs import (
+    DATASETS,
+    UserError,
+    decode_image,
+    given_flags,
+    list_datasets,
+    new_parser,
+    nonempty_path,
+    np,
+    number,
+    prepare_image,
+    run_script,
+    say,
+    tqdm,
+)
 from plumbing.common.split import image_digest, split_id, table_digest
 
 import cv2
@@ -82,7 +96,7 @@ def image_size(text):
 def parse_args():
     parser = new_parser(__doc__)
     parser.add_argument("--num_clients", type=number(int, 1), default=10, help="number of shards")
-    parser.add_argument("--source", type=Path, help="folder, zip or tar to read (default: see above)")
+    parser.add_argument("--source", type=nonempty_path, help="folder, zip or tar to read (default: see above)")
     size_help = "size to bring images to, N or HEIGHTxWIDTH; LeNet5 takes 32"
     parser.add_argument("--image_size", type=image_size, default="32", help=size_help)
     fit_help = "how: squash scales both sides, whatever they are; crop first takes the middle in the right proportion"
@@ -100,8 +114,12 @@ def parse_args():
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of every random choice")
     parser.add_argument("--bundles", action="store_true", help="also write one tar a client, with all it needs")
     parser.add_argument("--show", action="store_true", help="only print how many images of each class each client has")
-    parser.set_defaults(without_test_set=False)
     args = parser.parse_args()
+    args.given, args.without_test_set = given_flags(parser), False
+    if args.show and args.given - {"dataset", "show"}:
+        raise UserError(f"--show writes nothing: leave out --{min(args.given - {'dataset', 'show'})}")
+    if "alpha" in args.given and args.partition != "dirichlet":
+        raise UserError(f"--alpha has no effect on --partition {args.partition}, only on dirichlet")
     if args.partition == "shards" and args.sizes != "equal":
         raise UserError("--sizes lognormal goes with --partition iid or dirichlet: slices are of one size")
     return args
@@ -678,6 +696,8 @@ def warn_of_duplicates(digests, labels):
 def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the number of train images of each client."""
     source, checksum, (classes, channels, splits, levels) = open_source(args)
+    if "test_fraction" in args.given and not args.without_test_set:
+        say(f"note: --test_fraction has no effect: {source} has a test set")
     labels, digests, grey, digest = {}, {}, [], hashlib.md5()
     sums = np.zeros((2, 3), np.int64)  # of the training images' values and of their squares, a channel
     for split, count, images in splits:
@@ -795,7 +815,8 @@ def show(folder):
     try:
         classes = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} has no dataset.json that this script wrote: cut the dataset first") from None
+        others = list_datasets(folder.parent)
+        raise UserError(f"{folder} has no dataset.json that this script wrote{others}: cut the dataset first") from None
     cids = [path.stem[len("client_") :] for path in (folder / "clients").glob("client_*.csv")]
     rows = []
     for cid in sorted(int(cid) for cid in cids if cid.isdecimal()):

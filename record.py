@@ -9,11 +9,11 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import glob
 import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -462,7 +462,8 @@ def earlier_run(folder):
 
 def moved_aside(folder):
     """The folders to which earlier runs of `folder` were moved and from which one can go on, the newest last."""
-    return sorted(path.parent for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/server.ptl"))
+    dated = re.compile(re.escape(folder.name) + r"\.\d{4}-\d\d-\d\d_\d{6}(_\d+)?")  # no run of a dataset like Name.v2
+    return sorted(path.parent for path in folder.parent.glob("*/server.ptl") if dated.fullmatch(path.parent.name))
 
 
 def how_to_resume(folder):
@@ -658,8 +659,8 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
     wandb_dir, last_round = wandb.Settings(root_dir=folder).wandb_dir, len(rows)
     options = {
         "settings": wandb.Settings(console="off", init_timeout=30, finish_timeout=30, finish_timeout_raises=True),
-        "project": "FL-IoT",
-        "name": dataset,
+        "project": os.environ.get("WANDB_PROJECT") or "FL-IoT",
+        "name": os.environ.get("WANDB_NAME") or dataset,
         "config": config,
         "dir": folder,
     }
@@ -816,13 +817,22 @@ class Curves:
     def _log_end(self, wandb, models, mistakes, classes):
         if mistakes is not None and self.last_step is not None:
             names = [str(name) for name in classes or range(len(mistakes))]
-            pairs = [[names[row], names[column], int(count)] for (row, column), count in np.ndenumerate(mistakes)]
-            columns = ["Actual", "Predicted", "nPredictions"]
-            table = wandb.Table(columns=columns, data=pairs)
-            matrix = wandb.plot_table("wandb/confusion_matrix/v1", table, dict(zip(columns, columns)))
+            figures, most = {}, wandb.Table.MAX_ROWS  # of a longer table wandb keeps so many, without a word
+            # Of many classes most are never mistaken for each other, and the counts of 0 are left out.
+            cells = np.argwhere(mistakes if mistakes.size > most else mistakes + 1).tolist()
+            if len(cells) > most:
+                why = f"its {len(cells):,} rows are more than the {most:,} that Weights & Biases shows"
+                say(f"curves: test/confusion is not sent, for {why}; {FILES['confusion']} has all of them")
+            else:
+                pairs = [[names[row], names[column], int(mistakes[row, column])] for row, column in cells]
+                columns = ["Actual", "Predicted", "nPredictions"]
+                table = wandb.Table(columns=columns, data=pairs)
+                figures["test/confusion"] = wandb.plot_table(
+                    "wandb/confusion_matrix/v1", table, dict(zip(columns, columns))
+                )
             found = [[name, share] for name, share in zip(names, accuracies(mistakes)) if not math.isnan(share)]
             bars = wandb.plot.bar(wandb.Table(columns=["class", "accuracy"], data=found), "class", "accuracy")
-            self.run.log({"test/confusion": matrix, "test/class_accuracy": bars}, step=self.last_step)
+            self.run.log({**figures, "test/class_accuracy": bars}, step=self.last_step)
         if self.online:
             self._log_models(wandb, models)
 
@@ -836,7 +846,8 @@ class Curves:
             models = dict(list(models.items())[:1])
         for alias, path in models.items():  # each is given "latest" too, by wandb itself, and the last one keeps it
             about = {"round": abouts[alias]["round"], "net": abouts[alias]["net"], **(abouts[alias]["metrics"] or {})}
-            artifact = wandb.Artifact(f"{self.run.name}-{self.run.id}", type="model", metadata=about)
+            name = re.sub(r"[^\w.-]", "-", f"{self.run.name}-{self.run.id}", flags=re.ASCII)  # all that wandb takes
+            artifact = wandb.Artifact(name, type="model", metadata=about)
             artifact.add_file(str(path), name="model.ptl", policy="immutable", skip_cache=True)
             self.run.log_artifact(artifact, aliases=[alias])
 

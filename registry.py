@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Generator
 
-from libs import KEEPALIVE, keep_alive, np, printable, prove, say, tcp_sockets
+from libs import KEEPALIVE, UNNAMED, VERSION, keep_alive, np, printable, prove, say, tcp_sockets
 from plumbing.common.wire import WIRE, Sender, restore_all
 
 from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
@@ -27,9 +27,9 @@ from nets import same_trial
 
 # Flower keeps one stream to each client, on which it answers one question at a time. Besides fit and evaluate the
 # questions are get_properties, whose dictionary says what is meant:
-#     {"nonce"}, then {"net", "dataset_id"}      the handshake, answered within HANDSHAKE_TIMEOUT and READY_TIMEOUT
-#     {}                                         are you there? every HEARTBEAT seconds, unless it is busy
-#     {"turned_away"} or {"stopped"}             the reason, before the stream ends
+#     {"nonce", "version"}, {"net", "dataset_id"}  the handshake, answered within HANDSHAKE_TIMEOUT and READY_TIMEOUT
+#     {}                                           are you there? every HEARTBEAT seconds, unless it is busy
+#     {"turned_away"} or {"stopped"}               the reason, before the stream ends
 # The server gives up a client that is idle and silent for HEARTBEAT, busy for --round_timeout, or on a machine whose
 # kernel is silent for KEEPALIVE (libs.py); a client gives up a server that is silent for SILENCE (client.py).
 # The main thread runs the rounds; one thread a connection, "client …", has the handshake and then the heartbeat; one a
@@ -170,13 +170,16 @@ def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Gene
     first prove that it knows it, and learns nothing before.
     """
     nonce, ready = secrets.token_hex(16), {}
-    client = yield {"nonce": nonce}
+    client = yield {"nonce": nonce, "version": VERSION}
     cid = client.get("cid")
     reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
     if reason is None:
         ready = yield question_of(task["net"], task["dataset_id"])
         reason = why_not_ready(ready, cid, task)
     if reason is not None:
+        version = printable(client.get("version", UNNAMED), 20)
+        if cid is not None and version != VERSION:
+            reason += f" (it runs FL-IoT {version}, the server {VERSION}: update the older one)"
         raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
     return {**client, **ready}
 

@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 
 from libs import (
     CKPS,
@@ -42,6 +41,7 @@ from libs import (
     lock_file,
     mute_handlers,
     new_parser,
+    nonempty_path,
     number,
     on_signal,
     plain_args,
@@ -123,15 +123,16 @@ def parse_args(settings=None, description=__doc__):
         "--resume",
         nargs="?",
         const=True,
+        type=lambda text: str(nonempty_path(text)),
         metavar="FOLDER",
         help="go on from server.ptl in FOLDER, or in ckps/<dataset> if none is named (default: off)",
     )
     parser.add_argument(
         "--allow_new_data", action="store_true", help="resume though the classes, the shards or the test set are others"
     )
-    parser.add_argument("--secret_file", type=Path, help="file with a secret that clients must know too")
+    parser.add_argument("--secret_file", type=nonempty_path, help="file with a secret that clients must know too")
     parser.add_argument(
-        "--certificates", type=Path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
+        "--certificates", type=nonempty_path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     parser.add_argument("--net", default="LeNet5", help="net to train, one of nets.py's: the devices build it too")
@@ -160,6 +161,8 @@ def parse_args(settings=None, description=__doc__):
         help=f"end the run once test_accuracy, 0 to 1, was this or more in {LASTING} rounds in a row (default: off)",
     )
     args = parser.parse_args(None if settings is None else as_flags(settings, parser))
+    if args.allow_new_data and not args.resume:
+        raise UserError("--allow_new_data goes with --resume")
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
     return args
 
@@ -176,8 +179,10 @@ def as_flags(settings, parser):
 
 
 def count_clients(args, shards):
-    """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has cut, None if unknown."""
+    """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has made, None if unknown."""
     args.num_clients = args.num_clients or shards or 10
+    if shards is not None and args.num_clients > shards:
+        raise UserError(f"--num_clients {args.num_clients}: {args.dataset} is split into {shards} shards only")
     args.min_clients = args.min_clients or args.num_clients
     if args.min_clients > args.num_clients:
         raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
@@ -433,8 +438,10 @@ def check_address(host, port):
             sock.bind(address)
         return join_address(address[0], port)
     except (OSError, UnicodeError) as error:
-        in_use = getattr(error, "errno", None) == errno.EADDRINUSE
-        reason = "the port is in use; choose another with --server_port" if in_use else error
+        reason = {
+            errno.EADDRINUSE: "the port is in use; choose another with --server_port",
+            errno.EADDRNOTAVAIL: "that is not an address of this machine; use 0.0.0.0",
+        }.get(getattr(error, "errno", None), getattr(error, "strerror", None) or error)
         raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
@@ -542,7 +549,10 @@ def hold_folder(folder, dataset):
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     if lock is None:
-        raise UserError(f"another server is training {dataset} in {folder}")
+        raise UserError(
+            f"another server is training {dataset} in {folder}: end it first; "
+            "one that flwr run has started goes on until flwr stop"
+        )
     return lock
 
 
@@ -630,7 +640,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     say(describe_task(args, info, facts, model))
     say(where)
     if info["num_clients"] not in (None, args.num_clients):
-        say(f"note: {args.dataset} was cut into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
+        say(f"note: {args.dataset} is split into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     if args.augment:
         how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")

@@ -157,6 +157,7 @@ def each_value(flags):
     ("--eval_fraction", ["0", "1", "1.5", "-0.1", "nan", "half"]),
     ("--alpha", ["0", "-1", "nan", "inf", "x"]),
     ("--seed", ["-1", "4294967296", "x"]),
+    ("--source", [""]),
     ("--partition", ["random"]),
     ("--colour", ["red"]),
 ])  # fmt: skip
@@ -170,6 +171,8 @@ def test_flags_of_partition(refuse, source, flag, value):
     ("--num_threads", ["0", "x"]),
     ("--max_wait_time", ["-1", "nan"]),
     ("--device", ["toaster", "", "cuda:99", "xla", "hpu", "meta"]),
+    ("--secret_file", [""]),
+    ("--root_certificate", [""]),
 ])  # fmt: skip
 def test_flags_of_client(refuse, flag, value):
     refuse("client.py", ["--cid", 0, flag, value], flag)
@@ -177,15 +180,33 @@ def test_flags_of_client(refuse, flag, value):
 
 @each_value([
     ("--server_port", ["0", "70000", "-1", "http"]),
-    ("--num_clients", ["0", "x"]),
+    ("--num_clients", ["0", "x", "4"]),  # of 3 shards
     ("--num_rounds", ["0", "-5"]),
     ("--num_epochs", ["0"]),
     ("--lr", ["0", "-1", "nan", "inf"]),
-    ("--min_clients", ["0", "11"]),  # of 10
+    ("--min_clients", ["0", "4"]),  # of 3
     ("--round_timeout", ["0", "-1"]),
+    ("--secret_file", [""]),
+    ("--certificates", [""]),
+    ("--resume", [""]),
 ])  # fmt: skip
 def test_flags_of_server(refuse, flag, value):
     refuse("server.py", [flag, value], flag)
+
+
+@pytest.mark.parametrize(
+    "script, args, reason",
+    [
+        ("partition.py", ["--alpha", 0.5], "--alpha has no effect on --partition iid"),
+        ("partition.py", ["--partition", "shards", "--alpha=2"], "--alpha has no effect on --partition shards"),
+        ("partition.py", ["--partition", "shards", "--sizes", "lognormal"], "--sizes lognormal goes with"),
+        ("partition.py", ["--show", "--num_clients", 10], "--show writes nothing: leave out --num_clients"),
+        ("server.py", ["--allow_new_data"], "--allow_new_data goes with --resume"),
+    ],
+)
+def test_flags_that_would_have_no_effect(refuse, source, script, args, reason):
+    """Also those that have their default's value, which nobody could see afterwards."""
+    refuse(script, args, reason)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -334,9 +355,23 @@ def test_damaged_zips(refuse, tmp_path):
 # The dataset, as client and server read it.
 
 
-@pytest.mark.parametrize("script, args", [("client.py", ["--cid", 0]), ("server.py", [])])
-def test_no_dataset(refuse, script, args):
-    refuse(script, ["--dataset", "Flowers", *args], refuse.datasets / "Flowers")
+@pytest.mark.parametrize(
+    "script, args, remedy",
+    [
+        ("client.py", ["--cid", 0], "unpack the device's bundle: tar xf client_0.tar -C {root}\n"),
+        ("server.py", [], "run partition.py --dataset small\n"),
+    ],
+)
+def test_no_dataset(refuse, script, args, remedy):
+    """The remedy is that of the script's own machine, and what is there is listed, for one who misspelt it."""
+    remedy = remedy.format(root=refuse.datasets.parent)
+    missing = refuse.datasets / "small"
+    refuse(script, ["--dataset", "small", *args], f"no dataset in {missing} (--dataset can be Small): {remedy}")
+    missing.mkdir()
+    refuse(script, ["--dataset", "small", *args], f"there is no {missing}", remedy)
+    missing.rmdir()
+    shutil.rmtree(refuse.datasets / "Small")
+    refuse(script, ["--dataset", "small", *args], f"no dataset in {missing}: {remedy}")
 
 
 @pytest.mark.parametrize("script, args", [("client.py", ["--cid", 0]), ("server.py", [])])
@@ -351,7 +386,7 @@ def test_cid_that_does_not_exist(refuse):
     shutil.copy(refuse.datasets / "Small/clients/client_0.csv", refuse.datasets / "Small/clients/client_0 (copy).csv")
     refuse("client.py", ["--cid", 10], "client_10.csv", "0, 1, 2")
     shutil.rmtree(refuse.datasets / "Small" / "clients")
-    refuse("client.py", ["--cid", 0], "client_0.csv")
+    refuse("client.py", ["--cid", 0], "client_0.csv", f"tar xf client_0.tar -C {refuse.datasets.parent}")
 
 
 # A change to a good CSV of three rows, and what the message must name besides the file.
@@ -515,7 +550,8 @@ def test_addresses_that_cannot_be_listened_on(refuse):
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
         refuse("server.py", ["--server_port", port], port, "in use")
-    refuse("server.py", ["--server_address", "192.0.2.1"], "192.0.2.1")  # an address for documentation, nobody's
+    for address in ("192.0.2.1", "2001:db8::1"):  # for documentation, nobody's
+        refuse("server.py", ["--server_address", address], address, "not an address of this machine; use 0.0.0.0\n")
     refuse("server.py", ["--server_address", "no such host"], "no such host")
 
 

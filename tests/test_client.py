@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 
-from libs import UserError
+from libs import VERSION, UserError
 
 import pytest
 import torch
@@ -44,6 +44,16 @@ def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
         assert far_bystander.recv(1) == b"x"
         for sock in (near, bystander, far, far_bystander):
             sock.close()
+
+
+@pytest.mark.parametrize("version, added", [
+    ({}, f" (this client runs FL-IoT {VERSION}, the server before 1.1.0: update the older one)"),
+    ({"version": "9.9"}, ""),  # such a server says it itself
+])  # fmt: skip
+def test_client_that_is_turned_away_names_the_version_of_a_server_that_does_not(trainer, version, added):
+    assert VERSION in trainer.get_properties({"nonce": "a", **version})["net"]  # which the first servers show
+    trainer.get_properties({"turned_away": "its net is None, the server's is LeNet5"})
+    assert trainer.notice == {"turned_away": "its net is None, the server's is LeNet5" + added}
 
 
 def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(trainer, monkeypatch, capsys):

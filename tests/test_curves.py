@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -417,6 +418,28 @@ def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
     for value in (float("nan"), 1.7e308, -1e308):
         clients = {"0": [{"round": 3, **dict.fromkeys(record.TIMES, value)}]}
         record.draw_devices(clients, tmp_path / "absurd.png", "D")
+
+
+@pytest.mark.parametrize("num_classes, share, rows", [(2, 0, 4), (100, 0, 100**2), (300, 0, 300), (300, 1, None)])
+def test_confusions_are_sent_whole_or_not_at_all_which_is_said(capsys, num_classes, share, rows):
+    """`share` of the pairs of classes are mistaken for each other; wandb keeps the first 10,000 rows of a table."""
+    logged, counts = {}, 3 * np.eye(num_classes, dtype=int)
+    counts[np.random.RandomState(0).rand(*counts.shape) < share] += 1
+    run = SimpleNamespace(log=lambda figures, step: logged.update(figures), finish=lambda: None)
+    curves = record.Curves(run)
+    curves.log({}, step=1)
+    curves.finish({}, counts, None)
+    assert len(logged["test/class_accuracy"].table.data) == num_classes
+    (said,) = capsys.readouterr().out.splitlines() or [""]
+    if rows is None:
+        assert "test/confusion" not in logged and said.startswith("curves: test/confusion is not sent, for its 90,000")
+        return
+    table = logged["test/confusion"].table.data
+    sent = np.zeros_like(counts)
+    for actual, predicted, count in table:
+        sent[int(actual), int(predicted)] += count
+    assert len(table) == rows and said == ""
+    np.testing.assert_array_equal(sent, counts)
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])

@@ -112,7 +112,7 @@ def test_the_strategy_that_is_asked_for_makes_the_global_model(tiny):
 
 
 def test_a_strategy_that_needs_more_clients_says_so(tiny):
-    for args in (["--num_clients", 2], ["--num_clients", 5, "--min_clients", 2]):
+    for args in (["--num_clients", 2], ["--num_clients", 3, "--min_clients", 2]):
         process = tiny.run("server.py", "--dataset", "Tiny", "--strategy", "Krum", *args)
         assert process.popen.returncode == 2 and process.err.count("\n") == 1
         assert "--strategy Krum needs rounds of 3 clients or more" in process.err

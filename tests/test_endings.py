@@ -30,8 +30,10 @@ INT, TERM = signal.SIGINT, signal.SIGTERM
 
 
 @pytest.mark.parametrize("state", ["training", "waiting", "looking for the server"])
-def test_any_two_signals_end_the_client_with_the_code_of_the_first(tiny, state):
+def test_any_two_signals_end_the_client_with_the_code_of_the_first(tiny, shapes_zip, state):
     """Three clients at once, each with another pair of signals, some milliseconds apart."""
+    if state == "waiting":
+        tiny.partition("--dataset", "Tiny", "--source", shapes_zip, "--num_clients", 4)
     if state != "looking for the server":
         rounds = ("--num_clients", 3) if state == "training" else ("--num_clients", 4)
         server = tiny.server("--dataset", "Tiny", *rounds, "--num_rounds", 10**6)

@@ -230,7 +230,7 @@ def test_client_gives_up_after_its_waiting_time(suite, three_shards):
     started = time.monotonic()
     assert client.wait() == 1
     assert 0.5 < time.monotonic() - started < 10
-    assert client.out.splitlines()[-1].endswith("giving up after 2 s") and client.err == ""
+    assert client.out.splitlines()[-1].endswith("giving up after 2 s (--max_wait_time)") and client.err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

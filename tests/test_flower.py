@@ -84,12 +84,15 @@ def test_a_lost_supernode_is_called_unavailable():
 
 def test_the_apps_settings_are_the_servers_flags():
     """Each flag of server.py is a setting of the Flower App with the same default, but for those of its wire."""
+    from libs import VERSION
+
     import server
 
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     wire = {"server_address", "server_port", "secret_file", "certificates", "compress"}
     assert config.pop("folder") == ""
     flags = vars(server.parse_args({}))
+    assert VERSION == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert set(config) == set(flags) - wire, "pyproject.toml's [tool.flwr.app.config] is not the flags of server.py"
     assert vars(server.parse_args(config)) == flags
 

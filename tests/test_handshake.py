@@ -334,10 +334,10 @@ def test_client_without_the_secret_is_turned_away(guarded, who, reason):
 
 
 @pytest.mark.parametrize("who", ["nothing", "rude", "of another cid", "replayed"])
-def test_stranger_gets_a_nonce_and_a_reason_and_nothing_else(guarded, who):
+def test_stranger_gets_a_nonce_with_the_version_and_a_reason_and_nothing_else(guarded, who):
     (first, nonce), (second, reason), (third, _) = guarded["strangers"][who]
     assert [first, second, third] == ["get_properties_ins", "get_properties_ins", "reconnect_ins"]
-    assert set(nonce) == {"nonce"} and set(reason) == {"turned_away"}
+    assert set(nonce) == {"nonce", "version"} and set(reason) == {"turned_away"}
 
 
 def test_nonces_are_fresh(guarded):

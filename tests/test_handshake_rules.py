@@ -1,5 +1,7 @@
 """The server's decision on a client, without a network: each thing that may be wrong, and the reason that is given."""
 
+from libs import VERSION
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,7 @@ TASK = {
     "fingerprint": "f1",
     "trial": np.array([1, -2, 3], np.float32),
 }
-WHO = {"cid": 1, "dataset": "Tiny", "device_id": "d", "process": "p"}
+WHO = {"cid": 1, "dataset": "Tiny", "device_id": "d", "process": "p", "version": VERSION}
 READY = {
     "channels": 3,
     "num_classes": 10,
@@ -40,7 +42,7 @@ def decide(who, ready, task=TASK):
 def test_client_that_fits_is_admitted_with_all_that_it_said():
     client, questions = decide(WHO, READY)
     assert client == {**WHO, **READY}
-    assert [set(question) for question in questions] == [{"nonce"}, {"net", "dataset_id"}]
+    assert [set(question) for question in questions] == [{"nonce", "version"}, {"net", "dataset_id"}]
 
 
 def test_outputs_may_differ_as_much_as_boards_do():
@@ -84,7 +86,21 @@ def test_client_that_does_not_fit_is_turned_away(change, reason):
     ready = {**READY, **{name: value for name, value in change.items() if name not in WHO}}
     with pytest.raises(registry.TurnedAway, match=reason) as turned_away:
         decide(who, ready)
-    assert turned_away.value.cid == str(who["cid"])
+    assert turned_away.value.cid == str(who["cid"]) and "FL-IoT" not in str(turned_away.value)
+
+
+OLD = {name: WHO[name] for name in WHO if name != "version"}  # before versions were told
+FIRST = {name: OLD[name] for name in OLD if name != "process"}  # as the first clients were, who told all at once
+
+
+@pytest.mark.parametrize(
+    "who, version", [(OLD, "before 1.1.0"), (FIRST, "before 1.1.0"), ({**WHO, "version": "9.9\x1b"}, r"9\.9\?")]
+)
+def test_client_of_another_version_is_judged_alike_and_told_both_versions(who, version):
+    if who is not FIRST:
+        assert decide(who, READY)[0] == {**who, **READY}
+    with pytest.raises(registry.TurnedAway, match=rf" \(it runs FL-IoT {version}, the server {VERSION}: update"):
+        decide(who, {**READY, "trial": b""})
 
 
 @pytest.mark.parametrize("layer", ["ReLU", "MaxPool2d", "BatchNorm2d"])

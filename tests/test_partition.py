@@ -168,8 +168,8 @@ def test_show_prints_what_is_there_and_changes_nothing(make, shapes_zip, capsys)
     (folder / "clients" / "client_1.csv").write_text("\n".join([*lines, "9,10,fit"]))
     with pytest.raises(UserError, match="client_1.csv is not as"):
         make("Tiny", "--show")
-    with pytest.raises(UserError, match="Nothing has no dataset.json"):
-        make("Nothing", "--show")
+    with pytest.raises(UserError, match=r"tiny has no dataset.json .* \(--dataset can be Tiny\)"):
+        make("tiny", "--show")
 
 
 def test_partition_png_shows_each_class_of_each_client_as_high_as_its_count(make, shapes_zip):
@@ -772,6 +772,23 @@ print(info["channels"], *info["classes"])"""
         lines.append(f"{phase} {total} {rows['label'].tolist()}")
     lines.append("3 bar circle cross diamond hexagon ring sector square star triangle")
     assert printed.out.splitlines() == lines, printed
+
+
+def test_what_a_device_without_its_shard_is_told_brings_the_shard(make, shapes_zip, tmp_path):
+    """Also where the bundle was unpacked in the dataset's own folder, and there is some folder but no table."""
+    bundles = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--bundles") / "bundles"
+    for unpacked_in in (None, "datasets/Tiny"):
+        device = tmp_path / f"device of {unpacked_in}".replace("/", "-")
+        device.mkdir()
+        if unpacked_in:
+            shutil.unpack_archive(bundles / "client_2.tar", device / unpacked_in)
+        with pytest.raises(UserError, match="there is no" if unpacked_in else "no dataset") as told:
+            load_shard(device / "datasets" / "Tiny", 2, "cpu")
+        command = str(told.value).rpartition(": ")[2]
+        assert command.startswith("tar xf client_2.tar -C ")
+        subprocess.run(command, shell=True, cwd=bundles, check=True)
+        loaders, _ = load_shard(device / "datasets" / "Tiny", 2, "cpu")
+        assert len(loaders["fit"].dataset) == 160
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+import client
 import partition
 from nets import LeNet5, save_checkpoint
 
@@ -32,6 +33,13 @@ def test_flags_exist():
             [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True, timeout=60
         ).stdout
         assert used and used <= set(re.findall(r"--\w+", help_text)), script
+
+
+def test_clients_wait_for_the_server_as_long_as_it_says(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["client.py", "--cid", "0"])
+    assert f"(`--max_wait_time {client.parse_args().max_wait_time}`; 0 is for ever)" in README
+    unit = (ROOT / "deploy" / "fl-iot-client.service.j2").read_text()
+    assert re.search(r"^ExecStart=.* client\.py .* --max_wait_time 0\b", unit, re.MULTILINE)
 
 
 def test_files_and_targets_exist():

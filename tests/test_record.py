@@ -22,7 +22,7 @@ import torch
 from helpers import as_logged, start_patched
 
 from nets import LeNet5, get_arrays, save_checkpoint
-from record import FILES, Record, move_aside, resume
+from record import FILES, Record, move_aside, moved_aside, resume
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -287,6 +287,14 @@ def test_two_runs_moved_in_one_second_keep_apart(tmp_path):
         move_aside(folder, FILES.values())
     assert sorted(path.read_bytes() for path in tmp_path.glob("Tiny.*/server.ptl")) == [b"1", b"2", b"3"]
     assert list(folder.iterdir()) == []
+
+
+def test_runs_of_a_dataset_with_a_longer_name_are_not_offered(tmp_path):
+    for name in ("Num.2026-11-26_120000", "Num.2026-11-26_120000_2", "Num.v2", "Num.v2.2026-11-27_120000", "Num2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "server.ptl").write_bytes(b"")
+    offered = [path.name for path in moved_aside(tmp_path / "Num")]
+    assert offered == ["Num.2026-11-26_120000", "Num.2026-11-26_120000_2"]
 
 
 OLD = {"dataset": "D", "classes": ["ant", "bee"], "dataset_id": "1" * 64}

@@ -74,9 +74,12 @@ def test_server_takes_the_number_of_clients_from_the_cut(tiny):
     server = tiny.server("--dataset", "Tiny")
     server.wait_for("waiting for 3 of 3 clients: cid 0, 1, 2")
     server.kill()
-    other = tiny.server("--dataset", "Tiny", "--num_clients", 5)
-    other.wait_for("waiting for 5 of 5 clients")
-    assert "Tiny was cut into 3 shards, and --num_clients is 5" in other.out
+    fewer = tiny.server("--dataset", "Tiny", "--num_clients", 2)
+    fewer.wait_for("waiting for 2 of 2 clients")
+    assert "note: Tiny is split into 3 shards, and --num_clients is 2\n" in fewer.out
+    more = tiny.run("server.py", "--dataset", "Tiny", "--num_clients", 5)  # it would wait for cids without a shard
+    assert more.popen.returncode == 2
+    assert more.err == "server.py: --num_clients 5: Tiny is split into 3 shards only\n"
 
 
 ANOTHER_CLASS = """

@@ -19,7 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from helpers import Suite, as_logged, free_port, history, start_patched, wait_until
+from helpers import Suite, as_logged, free_port, history, start_patched, wait_until, wandb_records
 from helpers import wandb_history as inspect
 from test_record import KILL, ROUND_3
 
@@ -354,7 +354,9 @@ def waiting(laptops, stubs):
         "nobody there": laptops(f"http://127.0.0.1:{free_port()}", KEY),
         "silent": laptops(stubs("always"), KEY),
         "silent after login": laptops(stubs("after login"), KEY),
-        "WANDB_MODE=offline": laptops(stubs(), KEY, WANDB_MODE="offline"),
+        "WANDB_MODE=offline": laptops(
+            stubs(), KEY, WANDB_MODE="offline", WANDB_PROJECT="garden", WANDB_NAME="a run", WANDB_ENTITY="lab"
+        ),
     }
     for suite in suites.values():
         suite.process = start_curves(suite)
@@ -476,6 +478,9 @@ def test_out_of_reach_is_offline_with_the_reason_in_one_line_in_time(waiting, ca
     assert float(took.split()[1]) < 80  # two bounds of 30 s, on a busy machine; wandb's own: 101 s, and none at the end
     if case in ("no key", "WANDB_MODE=offline"):
         assert suite.stub.requests == []
+    (run,) = [record["run"] for record in wandb_records(folder_to_send(suite.process)) if record["type"] == "run"]
+    said = [run.get(name) for name in ("project", "display_name", "entity")]
+    assert said == (["garden", "a run", "lab"] if case == "WANDB_MODE=offline" else ["FL-IoT", "Tiny", None])
 
 
 def test_training_whose_server_vanishes_ends_in_time_and_can_be_sent_later(cut_off, stubs):

@@ -62,9 +62,29 @@ def number(kind, low, high=float("inf"), inside=False):
     return parse
 
 
+def nonempty_path(text):
+    """An argparse type: a Path. "", as from a variable that is not set, would name the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def given_flags(parser: argparse.ArgumentParser, argv=None) -> set[str]:
+    """Return the names of the arguments in `argv` (None: the command line). `parser` loses its defaults."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
 def plain_args(args: argparse.Namespace) -> dict:
     """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def list_datasets(folder: Path) -> str:
+    """Return which datasets are in the folder datasets/, as the end of a message; "" if there are none."""
+    names = sorted(path.parent.name for path in folder.glob("[!.]*/dataset.json"))
+    return f" (--dataset can be {', '.join(names)})" if names else ""
 
 
 def find_folder(config: dict) -> Path:
