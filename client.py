@@ -57,7 +57,7 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, learned, set_arrays, trial
+from nets import NETS, batch_norm_names, build_net, fingerprint, get_arrays, learned, set_arrays, trial, write_tensors
 from wire import WIRE, Holder
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
@@ -119,8 +119,7 @@ class OwnBatchNorm:
         for old in list(self.kept)[:-KEPT_RUNS]:
             del self.kept[old]
         try:
-            with atomic_write(self.path) as part, open(part, "wb") as file:
-                torch.save(self.kept, file)
+            write_tensors(self.path, self.kept)
         except OSError as error:
             say(f"cannot write {self.path} ({error.strerror}): batch norm is lost when this process ends")
 
@@ -641,9 +640,10 @@ def client_fn(context):
     properties = {"cid": cid, "dataset": dataset, "device_id": device_id_, "process": device_id_}
     properties.update({"board": "simulated"} if simulated else describe_machine())
     path = ckps / f"client_{cid}.ptl"
-    if simulated and not context.run_config["fedbn"]:
-        path = None  # no device that could use it, and a thousand files a round
-    return Client(None, loaders, device, path, properties, about, load=load).to_client()
+    client = Client(None, loaders, device, path, properties, about, load=load)
+    if simulated:
+        client.save_ckp_path = None  # no device that could use it, and a thousand files a round
+    return client.to_client()
 
 
 app = ClientApp(client_fn)
