@@ -27,7 +27,6 @@ from libs import (
     UNNAMED,
     VERSION,
     UserError,
-    atomic_write,
     find_folder,
     join_address,
     keep_alive,
@@ -70,6 +69,7 @@ from nets import (
     seeded,
     set_arrays,
     trial,
+    write_tensors,
 )
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
@@ -131,8 +131,7 @@ class OwnBatchNorm:
         for old in list(self.kept)[:-KEPT_RUNS]:
             del self.kept[old]
         try:
-            with atomic_write(self.path) as part, open(part, "wb") as file:
-                torch.save(self.kept, file)
+            write_tensors(self.path, self.kept)
         except OSError as error:
             say(f"cannot write {self.path} ({error.strerror}): batch norm is lost when this process ends")
 
@@ -589,9 +588,10 @@ def client_fn(context):
     properties = {"cid": cid, "dataset": dataset, "device_id": device_id_, "process": device_id_}
     properties.update({"board": "simulated"} if simulated else describe_machine())
     path = ckps / f"client_{cid}.ptl"
-    if simulated and not context.run_config["fedbn"]:
-        path = None  # no device that could use it, and a thousand files a round
-    return Client(None, loaders, device, path, properties, about, load=load).to_client()
+    client = Client(None, loaders, device, path, properties, about, load=load)
+    if simulated:
+        client.save_ckp_path = None  # no device that could use it, and a thousand files a round
+    return client.to_client()
 
 
 app = ClientApp(client_fn)

@@ -12,6 +12,8 @@ from plumbing.common.fast import Adam
 
 from nets import save_checkpoint
 
+# The server's arguments that travel to the devices with each round, as client_fit_fn's parameters of the same names.
+HYPER_PARAMETERS = ("num_epochs", "lr", "seed", "proximal_mu", "augment")
 # Pixels by which --augment shifts an image at most: with the usual 4 a net learns slower than 100 rounds allow.
 SHIFT = 2
 
@@ -119,7 +121,7 @@ def client_fit_fn(
     describes (nets.save_checkpoint), to `save_ckp_path` if given; where that cannot be written it only says so, for the
     result does not depend on it. `training_verbose` shows a bar a pass, on a terminal.
 
-    The server's arguments that have the name of a parameter here travel to it with each round.
+    Those of HYPER_PARAMETERS come from the server.
     """
     if seed is not None:
         torch.manual_seed(seed)

@@ -271,9 +271,18 @@ def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> 
         **dict.fromkeys(("classes", "dataset", "round", "metrics", "wandb_run_id", "args")),
         **(about or {}),
     }
+    write_tensors(path, checkpoint)
+
+
+def write_tensors(path: Path, value) -> None:
+    """Write what torch.save makes of `value` to `path`, whole or not at all. Raises OSError when it cannot be written.
+
+    It is made in memory: on a full disk torch's own writer raises a RuntimeError, for some sizes at its very end.
+    """
+    whole = io.BytesIO()
+    torch.save(value, whole)
     with atomic_write(path) as part:
-        with open(part, "wb") as file:  # opened here, so that a full disk is an OSError and not torch's own
-            torch.save(checkpoint, file)
+        part.write_bytes(whole.getbuffer())
 
 
 def read_saved(path: Path | str) -> dict:

@@ -25,10 +25,9 @@ import warnings
 from pathlib import Path
 
 from libs import ROOT, UserError, atomic_write, np, printable, say, tqdm
+from plumbing.common.files import sync_file, sync_folder
 from plumbing.laptop.wandb_file import held_steps
 from plumbing.laptop.worker import Worker
-
-import pandas as pd
 
 from engines import count_answers, server_test_fn
 from nets import load_checkpoint, read_saved, save_checkpoint, set_arrays
@@ -41,6 +40,7 @@ COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
 TIMES = ("fit_seconds", "eval_seconds", "wait_seconds")
 TELEMETRY = (*TIMES, "peak_memory_mb", "cpu_temp_c", "throttled", "load")
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)
+COUNTS = ("round", "clients", "failures", "examples")  # columns of whole numbers
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
 SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds")})
 FILES = {
@@ -97,51 +97,131 @@ def power_trouble(figures):
     return "throttled for heat" if bits & 0b1100 else None
 
 
-class History:
-    """The rows of history.csv, a dictionary each; the file is rewritten whole whenever some are added."""
+def read_table(path):
+    """Read a CSV that a Table wrote: (its rows as dictionaries, the numbers of the lines that are no rows).
 
-    def __init__(self, path, last_round=0, source=None):
-        """Take over the rows of the rounds 1 to `last_round`, from the folder `source` where it is another than that of
-        `path`. Raises ValueError when not all are there."""
-        self.path, self.rows = Path(path), []
-        if last_round:
-            path = Path(source or self.path.parent) / self.path.name
+    Empty cells are nan. A last line without its end, as a power cut may leave it, is left out and not counted. Raises
+    OSError, and ValueError where the file is no such CSV.
+    """
+
+    def value(name, text):
+        if name == "cid":
+            return text
+        figure = float(text or "nan")
+        return int(figure) if name in COUNTS and figure.is_integer() else figure
+
+    header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    names, rows, bad = header.split(","), [], []
+    if names[0] != "round":
+        raise ValueError("its first column is not round")
+    for number, line in enumerate(lines[:-1], 2):  # what follows the last newline is nothing, or cut
+        try:
+            rows.append({name: value(name, text) for name, text in zip(names, line.split(","), strict=True)})
+        except ValueError:
+            if number < len(lines):
+                bad.append(number)
+    return rows, bad
+
+
+class Table:
+    """A CSV that grows, of `rows`, a dictionary each: missing figures are empty cells.
+
+    On the disk each row is there whole or not at all, but that a power cut may cut the last line. `write` leaves it to
+    the caller to add to `rows`, once all that belongs to them is written.
+    """
+
+    columns = ()
+
+    def __init__(self, path, rows=()):
+        """`rows` are those of an earlier run that goes on, of which `path` may have more, or fewer, or be missing."""
+        self.path, self.rows = Path(path), list(rows)
+        self.columns = list(dict.fromkeys([*self.columns, *(self.rows[0] if self.rows else ())]))
+        self.begun = False
+
+    def write(self, rows):
+        """Add `rows` to the file. The first time it is written anew, so that it has nothing but the rows that count."""
+        if not self.begun or not self.path.exists():
+            with atomic_write(self.path) as part:
+                header = ",".join(self.columns) + "\n"
+                part.write_text(header + self._lines(self.rows) + self._lines(rows), encoding="utf-8", newline="\n")
+            self.begun = True
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(self._lines(rows).encode())
             try:
-                table = pd.read_csv(path)[list(COLUMNS)].astype(float)
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{path} is missing or damaged: {error}") from None
-            table = table[table["round"] <= last_round]
-            if list(table["round"]) != list(range(1, last_round + 1)):
-                raise ValueError(f"{path} has not one row for each of the rounds 1 to {last_round}")
-            self.rows = table.astype({"round": int, "clients": int, "failures": int}).to_dict("records")
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
-    def extend(self, rows):
-        self.rows.extend(rows)
-        with atomic_write(self.path) as part:
-            pd.DataFrame(self.rows, columns=COLUMNS).to_csv(part, index=False)
+    def _lines(self, rows):
+        cells = ((row.get(name, math.nan) for name in self.columns) for row in rows)
+        return "".join(",".join("" if cell != cell else str(cell) for cell in line) + "\n" for line in cells)
 
 
-class ClientHistory:
+def read_history(folder, last_round, metrics=None):
+    """The rows of history.csv in `folder` for the rounds 1 to `last_round`, a dictionary each.
+
+    Says what is missing, and has nan for it: columns that are new, and the last rows, but for what `metrics`, those of
+    the checkpoint of `last_round`, know. Raises ValueError where anything else is missing.
+    """
+    path = Path(folder) / FILES["history"]
+    try:
+        rows, bad = read_table(path)
+        if bad:
+            raise ValueError(f"line {bad[0]} is no row")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
+    rows = [row for row in rows if row["round"] <= last_round]
+    if [row["round"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise ValueError(f"{path} has not one row for each of the rounds 1 to {last_round}")
+    if rows and (new := [name for name in COLUMNS if name not in rows[0]]):
+        say(f"{path} has no column {', '.join(new)}: its figures are unknown up to round {last_round}")
+    empty = dict.fromkeys(COLUMNS, math.nan)
+    if len(rows) < last_round:
+        known = {name: value for name, value in (metrics or {}).items() if name in COLUMNS and value is not None}
+        lost = [{**empty, "round": current} for current in range(len(rows) + 1, last_round + 1)]
+        lost[-1].update(known, round=last_round)
+        say(f"{path} has lost the rows from round {len(rows) + 1} to {last_round}: figures that are unknown are empty")
+        rows += lost
+    return [{**empty, **row} for row in rows]
+
+
+class History(Table):
+    """history.csv: a row a round."""
+
+    columns = COLUMNS
+
+
+class ClientHistory(Table):
     """clients.csv: a row a round and cid, with what the client measured and told; empty where it told nothing."""
+
+    columns = CLIENT_COLUMNS
 
     def __init__(self, path, last_round=0, source=None):
         """Take over the rows of the rounds 1 to `last_round`, as far as they are there: no later round needs them."""
-        self.path, self.rows = Path(path), []
-        old = Path(source or self.path.parent) / self.path.name
+        old, rows = Path(source or Path(path).parent) / Path(path).name, []
         if last_round and old.exists():
-            with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: the run is worth more
-                table = pd.read_csv(old, dtype={"cid": str})[list(CLIENT_COLUMNS)]
-                self.rows = table[table["round"] <= last_round].to_dict("records")
-        self.lines = [self._line(row) for row in self.rows]
+            try:
+                rows, bad = read_table(old)
+                if bad:
+                    say(f"{old}: {len(bad)} lines are no rows, from line {bad[0]} on, and are left out")
+            except (OSError, ValueError) as error:  # the run is worth more
+                say(f"{old} cannot be read ({error}): it begins again with round {last_round + 1}")
+        empty = dict.fromkeys(CLIENT_COLUMNS, math.nan)
+        super().__init__(path, [{**empty, **row} for row in rows if row["round"] <= last_round])
 
-    def extend(self, rounds):
-        for finished in rounds:
-            for cid, figures in finished.clients.items():
-                row = {**dict.fromkeys(CLIENT_COLUMNS, math.nan), **figures, "round": finished.row["round"], "cid": cid}
-                self.rows.append(row)
-                self.lines.append(self._line(row))
-        with atomic_write(self.path) as part:
-            part.write_text("\n".join([",".join(CLIENT_COLUMNS), *self.lines, ""]), encoding="utf-8")
+    @staticmethod
+    def rows_of(rounds):
+        """The rows of finished `rounds` (Round)."""
+        empty = dict.fromkeys(CLIENT_COLUMNS, math.nan)
+        return [
+            {**empty, **figures, "round": finished.row["round"], "cid": cid}
+            for finished in rounds
+            for cid, figures in finished.clients.items()
+        ]
 
     def by_cid(self):
         """The rows of each cid, the cids in order: {cid: [row, …]}."""
@@ -183,11 +263,6 @@ class ClientHistory:
             lines.append(f"slowest device: cid {slowest}, {medians}")
         return lines
 
-    @staticmethod
-    def _line(row):
-        cells = [row[name] for name in CLIENT_COLUMNS]
-        return ",".join("" if isinstance(cell, float) and math.isnan(cell) else str(cell) for cell in cells)
-
 
 @dataclasses.dataclass
 class Round:
@@ -206,6 +281,7 @@ class Record:
         is moved aside when the first round is saved, unless this run goes on from it.
     last_round: the last round that is finished already; history.csv is continued after it.
     source: the folder with the files of those rounds, where they are not those beside `save_ckp_path`.
+    rows: their rows of history.csv, where they are read already (read_history).
     test_loaders: {"test": loader} to test each round's global model on (engines.server_test_fn), or None.
     about: further entries of the checkpoint (nets.save_checkpoint).
     on_row: called with each row of history.csv when it is saved.
@@ -215,16 +291,28 @@ class Record:
     """
 
     def __init__(
-        self, model, save_ckp_path, last_round=0, source=None, test_loaders=None, about=None, on_row=None, log=None
+        self,
+        model,
+        save_ckp_path,
+        last_round=0,
+        source=None,
+        rows=None,
+        test_loaders=None,
+        about=None,
+        on_row=None,
+        log=None,
     ):
         self.path = Path(save_ckp_path)
         self.folder = self.path.parent
         self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
         self.model = copy.deepcopy(model)
         self.test_loaders, self.about = test_loaders, about or {}
         self.on_row, self.log = on_row, log
         source = Path(source or self.folder)
-        self.history = History(self.path.with_name("history.csv"), last_round, source)
+        if last_round and rows is None:
+            rows = read_history(source, last_round)
+        self.history = History(self.path.with_name("history.csv"), rows or ())
         self.clients = ClientHistory(self.path.with_name("clients.csv"), last_round, source)
         self.best, self.best_path = best_of(source, last_round, self.about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
@@ -285,8 +373,9 @@ class Record:
         """
         if not self.begun:
             self._begin()
-        self.clients.extend(tested)
-        self.history.extend([finished.row for finished in tested])
+        new = (self.clients, self.clients.rows_of(tested)), (self.history, [finished.row for finished in tested])
+        for table, rows in new:
+            table.write(rows)
         for finished in tested:
             is_best = finished.row["test_accuracy"] > self.best
             if is_best or finished is tested[-1]:
@@ -294,6 +383,8 @@ class Record:
             if is_best:
                 self.best = finished.row["test_accuracy"]
                 self._save_checkpoint("best.ptl", finished)
+        for table, rows in new:  # saved by now: what cannot be is not shown either
+            table.rows += rows
         for finished in tested:
             if self.log is not None:
                 self.log(as_curves(finished.row, finished.clients), step=finished.row["round"])
@@ -382,6 +473,13 @@ def find_run(folder: Path, resume: bool | str) -> Path | None:
     return None
 
 
+def read_args(path: Path) -> dict:
+    """The args of the run whose checkpoint is at `path`: {} where there is none, or it cannot be read (see resume)."""
+    with contextlib.suppress(Exception):
+        return dict(load_checkpoint(path)[1]["args"])
+    return {}
+
+
 def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tuple[list[dict], str | None, str]:
     """Put the checkpoint in `folder` into `model`: (the rows of history.csv up to its round, its wandb run id, fedbn).
 
@@ -404,13 +502,13 @@ def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tu
         if other is not None and not allow_new_data:
             raise UserError(f"cannot resume from {path}: {other}; --allow_new_data goes on with the new data")
         model.load_state_dict(saved.state_dict())
-        rows = History(folder / "history.csv", checkpoint["round"]).rows
+        rows = read_history(folder, checkpoint["round"], checkpoint["metrics"])
         return rows, checkpoint["wandb_run_id"], checkpoint.get("fedbn", "")
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"cannot resume from {path}: {error}") from None
-    except Exception as error:  # whatever pandas and load_state_dict make of files that are not ours
+    except Exception as error:  # whatever load_state_dict makes of files that are not ours
         reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
@@ -484,12 +582,19 @@ def move_aside(folder, names):
     aside = folder.with_name(f"{name}_{taken + 1}" if taken else name)
     part = folder.with_name(f".{aside.name}.part")
     part.mkdir()
-    for name in found:
-        try:
-            os.link(folder / name, part / name)
-        except OSError:  # a file system without links, or another one
-            shutil.copy2(folder / name, part / name)
-    part.rename(aside)
+    try:
+        for name in found:
+            try:
+                os.link(folder / name, part / name)
+            except OSError:  # a file system without links, or another one
+                shutil.copy2(folder / name, part / name)
+                sync_file(part / name)
+        sync_folder(part)
+        part.rename(aside)
+        sync_folder(folder.parent)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     for name in found:
         (folder / name).unlink()
     hint = f"; to go on from it: {how_to_resume(aside)}" if "server.ptl" in found else ""

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import inspect
 import ipaddress
 import math
 import os
@@ -31,12 +30,14 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from libs import (
     CKPS,
     DATASETS,
     UserError,
     find_folder,
+    given_flags,
     join_address,
     lock_file,
     mute_handlers,
@@ -61,7 +62,7 @@ from flwr.server import ServerApp, ServerConfig, start_server
 from flwr.server.compat.app import start_grid
 
 from data import describe_in_checkpoint, load_test
-from engines import client_fit_fn
+from engines import HYPER_PARAMETERS
 from nets import (
     batch_norm_names,
     build_net,
@@ -73,7 +74,19 @@ from nets import (
     seeded,
     trial,
 )
-from record import MANY, Curves, Progress, Record, complete, describe_code, describe_data, find_run, resume, start_wandb
+from record import (
+    MANY,
+    Curves,
+    Progress,
+    Record,
+    complete,
+    describe_code,
+    describe_data,
+    find_run,
+    read_args,
+    resume,
+    start_wandb,
+)
 from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
 
@@ -83,13 +96,20 @@ LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usu
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
 MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
 HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
+# Flags that --resume does not take from the checkpoint: where the server is reached, which run this is, what it prints.
+OF_THE_MOMENT = ("dataset", "server_address", "server_port", "resume", "allow_new_data", "verbose")
 LASTING = 3  # rounds in a row that --target_accuracy has to be reached
 
 
-def parse_args(settings=None, description=__doc__):
-    """The arguments, from the command line, or from the run's `settings` of a Flower App: {name of the flag: value}."""
+def optional(parse):
+    """An argparse type: what `parse` makes of a text, and None of "off", by which --resume knows it from not given."""
+    return lambda text: None if text == "off" else parse(text)
+
+
+def make_parser(description=__doc__):
+    """The parser of the command line."""
     parser = new_parser(description)
-    positive = number(float, 0, inside=True)
+    positive, seed = number(float, 0, inside=True), number(int, 0, 2**32 - 1)
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
     parser.add_argument("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
     parser.add_argument(
@@ -98,7 +118,7 @@ def parse_args(settings=None, description=__doc__):
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="make the run one that can be repeated")
+    parser.add_argument("--seed", type=optional(seed), help="make the run one that can be repeated")
     parser.add_argument(
         "--strategy",
         choices=STRATEGIES,
@@ -116,7 +136,7 @@ def parse_args(settings=None, description=__doc__):
     parser.add_argument("--min_clients", type=number(int, 1), help="start rounds with this many (default: num_clients)")
     parser.add_argument(
         "--round_timeout",
-        type=lambda text: text if text == "auto" else positive(text),
+        type=optional(lambda text: text if text == "auto" else positive(text)),
         help="seconds until stragglers are left out; auto: three times a client's own usual, 30 or more (default: off)",
     )
     parser.add_argument(
@@ -125,14 +145,20 @@ def parse_args(settings=None, description=__doc__):
         const=True,
         type=lambda text: str(nonempty_path(text)),
         metavar="FOLDER",
-        help="go on from server.ptl in FOLDER, or in ckps/<dataset> if none is named (default: off)",
+        help="go on from server.ptl in FOLDER, or in ckps/<dataset> if none is named, with the same flags but for its "
+        "address and those that are given; `off` and --no-fedbn turn off what was on (default: off)",
     )
     parser.add_argument(
         "--allow_new_data", action="store_true", help="resume though the classes, the shards or the test set are others"
     )
-    parser.add_argument("--secret_file", type=nonempty_path, help="file with a secret that clients must know too")
     parser.add_argument(
-        "--certificates", type=nonempty_path, metavar="DIR", help="use TLS, with its ca.pem, server.pem, server.key"
+        "--secret_file", type=optional(nonempty_path), help="file with a secret that clients must know too"
+    )
+    parser.add_argument(
+        "--certificates",
+        type=optional(nonempty_path),
+        metavar="DIR",
+        help="use TLS, with its ca.pem, server.pem, server.key",
     )
     parser.add_argument("--verbose", action="store_true", help="show the log of Flower too")
     parser.add_argument("--net", default="LeNet5", help="net to train, one of nets.py's: the devices build it too")
@@ -148,7 +174,12 @@ def parse_args(settings=None, description=__doc__):
         default=0.0,
         help="FedProx: how strongly the devices' models are held near the global one",
     )
-    parser.add_argument("--fedbn", action="store_true", help="FedBN: each device keeps its own batch norm")
+    parser.add_argument(
+        "--fedbn",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="FedBN: each device keeps its own batch norm",
+    )
     parser.add_argument(
         "--fraction_fit",
         type=number(float, 0.001, 1),
@@ -157,18 +188,62 @@ def parse_args(settings=None, description=__doc__):
     )
     parser.add_argument(
         "--target_accuracy",
-        type=number(float, 0, 1),
+        type=optional(number(float, 0, 1)),
         help=f"end the run once test_accuracy, 0 to 1, was this or more in {LASTING} rounds in a row (default: off)",
     )
-    args = parser.parse_args(None if settings is None else as_flags(settings, parser))
+    return parser
+
+
+def parse_args(settings=None, ckps=CKPS):
+    """The arguments, from the command line, or from the run's `settings` of a Flower App: {name of the flag: value}.
+
+    With --resume those that are not given are what the checkpoint says, which is in the folder `ckps` if in no other.
+    """
+    parser = make_parser()
+    flags = sys.argv[1:] if settings is None else as_flags(settings, parser)
+    args = parser.parse_args(flags)
     if args.allow_new_data and not args.resume:
         raise UserError("--allow_new_data goes with --resume")
+    if args.resume:
+        path = (ckps / args.dataset if args.resume is True else Path(args.resume)) / "server.ptl"
+        earlier = {name: value for name, value in read_args(path).items() if settings is None or name in settings}
+        args = as_before(parser, flags, earlier, path)
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
     return args
 
 
+def as_before(parser, flags, earlier, path):
+    """The arguments of a run that goes on from the checkpoint `path`: as its args, `earlier`, where `flags` give none.
+
+    Says in a line what is other than before, and what is as before and not the default.
+    """
+    args, named = parser.parse_args(flags), given_flags(parser, flags)
+    earlier = {name: value for name, value in earlier.items() if name in vars(args) and name not in OF_THE_MOMENT}
+    kept = {name: value for name, value in earlier.items() if name not in named and value is not None}
+    if kept.get("min_clients") == earlier.get("num_clients"):  # its default, and not to be more than a new one
+        kept.pop("min_clients", None)
+    if args.allow_new_data:  # which may have another number of shards
+        kept.pop("num_clients", None)
+    try:
+        args = parser.parse_args(as_flags(kept, parser) + flags)
+    except UserError as error:
+        raise UserError(f"cannot resume from {path} with what it says: {error}") from None
+
+    def word(value):
+        return "off" if value in (None, False) else "on" if value is True else printable(value)
+
+    pairs = [(name, word(value), word(getattr(args, name))) for name, value in earlier.items() if name in named]
+    changes = [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
+    if changes:
+        say(f"other than before: {', '.join(changes)}")
+    same = [f"{name} {word(value)}" for name, value in kept.items() if word(value) != word(parser.get_default(name))]
+    if same:
+        say(f"as before: {', '.join(same)}")
+    return args
+
+
 def as_flags(settings, parser):
-    """The `settings` of a Flower App as flags of `parser`. TOML has no None: "" stands for what is not given."""
+    """`settings`, {name: value}, as flags of `parser`. TOML has no None: "" stands for what is not given."""
     flags = []
     for name, value in settings.items():
         if value is True or (value is False and f"--no-{name}" in parser.format_usage()):
@@ -628,7 +703,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     if over:
         checkpoint = source / "server.ptl"
         say(f"{checkpoint} {over}")
-        record = Record(model, checkpoint, last_round, test_loaders={"test": test}, about=about)
+        record = Record(model, checkpoint, last_round, rows=rows, test_loaders={"test": test}, about=about)
         complete(record, run_id)
         record.show_end()
         return None
@@ -652,13 +727,13 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         folder / "server.ptl",
         last_round=last_round,
         source=source,
+        rows=rows,
         test_loaders={"test": test},
         about={**about, "wandb_run_id": curves.run.id},
         on_row=progress.show_row,
         log=curves.log,
     )
-    known = inspect.signature(client_fit_fn).parameters
-    hyper_parameters = {name: value for name, value in settings.items() if name in known and value is not None}
+    hyper_parameters = {name: settings[name] for name in HYPER_PARAMETERS if settings[name] is not None}
     told = question_of(args.net, info["id"]) if in_app else {}
     if args.fedbn:
         told["fedbn"] = about["fedbn"]
@@ -775,9 +850,10 @@ def run_app(grid, context):
     try:
         folder = find_folder(context.run_config)
         os.environ.setdefault("WANDB_DIR", str(folder))
-        args = parse_args({name: value for name, value in context.run_config.items() if name != "folder"})
-        if isinstance(args.resume, str):
-            args.resume = str(folder / args.resume)  # the SuperLink may run elsewhere
+        settings = {name: value for name, value in context.run_config.items() if name != "folder"}
+        if isinstance(settings["resume"], str) and settings["resume"]:
+            settings["resume"] = str(folder / settings["resume"])  # the SuperLink may run elsewhere
+        args = parse_args(settings, folder / "ckps")
         run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
         if run is not None:
             say(f"round {run.server.first_round} to {args.num_rounds} with {args.num_clients} clients")

@@ -53,15 +53,16 @@ QUIET = {
 
 def parse_args():
     """The arguments, and those of them that a Flower App takes, as its run config."""
-    args = server.parse_args(description=__doc__)
+    parser = server.make_parser(__doc__)
+    args, given = parser.parse_args(), server.given(parser, sys.argv[1:])
     with open(ROOT / "pyproject.toml", "rb") as file:
         known = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
-    for name, default in vars(server.parse_args({})).items():
-        if name not in known and getattr(args, name) != default:
-            raise UserError(f"--{name} has no effect in a simulation, which has no wire")
+    for name in sorted(given - set(known)):
+        raise UserError(f"--{name} has no effect in a simulation, which has no wire")
     if args.round_timeout is not None:
         raise UserError("--round_timeout has no meaning in a simulation, where clients wait for a core")
-    settings = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    settings = {name: "off" if value is None else value for name, value in vars(args).items() if name in given}
+    settings["round_timeout"] = "off"  # also where the run to go on from had one
     if isinstance(args.resume, str):
         settings["resume"] = str(Path(args.resume).absolute())  # the app runs in another folder
     return args, settings

@@ -113,7 +113,8 @@ kill_after({})
 """
 ROUND_3 = {
     "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
-    "history.csv": 'record.History, "extend", lambda self, rows: rows[-1]["round"] >= 3',
+    "clients.csv": 'record.ClientHistory, "write", lambda self, rows: rows[-1]["round"] >= 3',
+    "history.csv": 'record.History, "write", lambda self, rows: rows[-1]["round"] >= 3',
     "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
     "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
     "wandb": 'record.Curves, "log", lambda self, figures, step: step == 3',

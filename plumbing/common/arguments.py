@@ -69,11 +69,11 @@ def nonempty_path(text):
     return Path(text)
 
 
-def given_flags(parser: argparse.ArgumentParser, argv=None) -> set[str]:
-    """Return the names of the arguments in `argv` (None: the command line). `parser` loses its defaults."""
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(argv)))
+def given_flags(parser: argparse.ArgumentParser, flags=None) -> set[str]:
+    """Return the names of the arguments that are in `flags` (None: the command line), whatever their values."""
+    nothing = object()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(flags)), nothing))
+    return {name for name, value in vars(parser.parse_args(flags, unset)).items() if value is not nothing}
 
 
 def plain_args(args: argparse.Namespace) -> dict:

@@ -24,19 +24,39 @@ def lock_file(path: Path):
     return lock
 
 
+def sync_file(path: Path | str) -> None:
+    """Wait until the disk has what was written to the file `path`. Raises OSError where it cannot be written there."""
+    with open(path, "rb+") as file:  # "+": Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path | str) -> None:
+    """Wait until the disk has the names in the folder `path`: new files, and those that were renamed or removed.
+
+    Windows and some network drives cannot do that: there it does nothing, like SQLite.
+    """
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Give a path to write to; what was written gets the name `path` when the block ends well, and else vanishes.
 
-    The file is on the disk before it is renamed, so that a power cut leaves the old file or the new one.
+    The disk has the file before it is renamed, and its name before this returns: a power cut leaves the old file or
+    the new one, and never the old one after something that was written later.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
-        with open(part, "rb+") as file:  # "+": Windows syncs only what may be written
-            os.fsync(file.fileno())
+        sync_file(part)
         os.replace(part, path)
+        sync_folder(path.parent)
     finally:
-        if part.exists():
+        with contextlib.suppress(OSError):  # it has its name, or what went wrong is raised already
             part.unlink()
