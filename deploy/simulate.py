@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from libs import UserError, printable, run_script, say  # noqa: E402
+from libs import UserError, given_flags, printable, run_script, say  # noqa: E402
 
 import server  # noqa: E402
 from data import describe_dataset  # noqa: E402
@@ -54,7 +54,7 @@ QUIET = {
 def parse_args():
     """The arguments, and those of them that a Flower App takes, as its run config."""
     parser = server.make_parser(__doc__)
-    args, given = parser.parse_args(), server.given(parser, sys.argv[1:])
+    args, given = parser.parse_args(), given_flags(parser)
     with open(ROOT / "pyproject.toml", "rb") as file:
         known = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
     for name in sorted(given - set(known)):
