@@ -380,9 +380,9 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL, those that a
 def as_pixels(image):
     """The array that decode_image would return for what predict takes as an `image`. Raises UserError."""
     if isinstance(image, np.ndarray):
-        if image.dtype.kind != "u" or image.dtype.itemsize > 2 or not image.size:
+        if image.dtype.kind != "u" or image.dtype.itemsize > 2:
             raise UserError(f"an array has to be uint8 or uint16, not {image.dtype}: scale it to 0..255 and convert it")
-        if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        if not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
             raise UserError(f"an array has to be H×W, H×W×1, H×W×3 or H×W×4, not {'×'.join(map(str, image.shape))}")
         image = np.ascontiguousarray(image, f"u{image.dtype.itemsize}")
         return image[:, :, 0] if image.shape[2:] == (1,) else image

@@ -399,9 +399,9 @@ def test_pil_image_is_turned_as_its_file_is(predictor, tmp_path):
         (Image.new("F", (32, 32)), "a PIL image cannot be of mode F"),
     ],
 )
-def test_what_is_no_image_is_refused_in_words(predictor, image, reason):
+def test_what_is_no_image_is_refused_in_words(image, reason):
     with pytest.raises(UserError, match=reason):
-        predictor(image)
+        nets.predict(LeNet5(3, 4), {}, image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
