@@ -13,6 +13,7 @@ from flwr.proto.transport_pb2 import ServerMessage
 from helpers import ROOT
 
 import client
+import nets
 from nets import LeNet5
 
 
@@ -76,6 +77,23 @@ def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(train
     assert client.stay_connected(trainer, "127.0.0.1", 1, None, 60) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["lost the server at 127.0.0.1:1; trying again", "training is over"]
+
+
+def test_a_net_that_cannot_be_run_here_is_told_to_the_server(trainer, monkeypatch):
+    class Broken(LeNet5):
+        def forward(self, images):
+            return super().forward(images), images
+
+    monkeypatch.setitem(nets.NETS, "Broken", Broken)
+
+    class Shard(list):
+        images = torch.rand(4, 1, 32, 32)
+
+    for loader in trainer.loaders.values():
+        loader.dataset = Shard(range(4))
+    trainer.about.update(classes=["ant", "bee"], dataset_id=None)
+    answer = trainer.get_properties({"net": "Broken"})
+    assert answer["error"].startswith("net Broken cannot be used: it returns tuple") and "trial" not in answer
 
 
 def test_round_does_not_depend_on_the_disk_of_the_device(trainer, capsys):

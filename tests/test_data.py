@@ -1,10 +1,17 @@
 """data, nets and engines, each compared with numpy, OpenCV and plain torch."""
 
+import io
+import pickle
+import zipfile
+
+from libs import UserError
+
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -249,6 +256,45 @@ def test_checkpoint_describes_itself_and_gives_the_net_back(tmp_path):
         assert torch.equal(loaded(images), model(images)) and not loaded.training
 
 
+def test_no_flipped_bit_is_loaded(tmp_path):
+    path, saved = tmp_path / "saved.ptl", {"round": 3, "model": {"weight": torch.arange(40.0)}}
+    torch.save(saved, path)
+    whole, damaged = path.read_bytes(), 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+        try:
+            read = nets.read_saved(path)
+            assert read["round"] == 3 and read["model"]["weight"].equal(saved["model"]["weight"])
+        except ValueError:
+            damaged += 1
+    assert damaged > 160
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "empty", "pickle", "zip", "cut", "tensor", "state", "other", "gone", "channels"]
+)
+def test_what_is_no_checkpoint_is_a_value_error(tmp_path, kind):
+    path, model = tmp_path / "net.ptl", LeNet5(3, 10)
+    nets.save_checkpoint(path, model)
+    contents = {"text": b"no checkpoint", "empty": b"", "pickle": pickle.dumps({"net": "LeNet5"})}
+    saved = {"tensor": torch.zeros(3), "state": model.state_dict(), "gone": {**torch.load(path), "net": "Gone"}}
+    saved["other"] = {**torch.load(path), "num_classes": 11}
+    saved["channels"] = {**torch.load(path), "in_channels": "three"}
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("hello.txt", "hello")
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind in contents:
+        path.write_bytes(contents[kind])
+    else:
+        torch.save(saved[kind], path)
+    with pytest.raises(ValueError, match="^it"):
+        nets.load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        nets.load_checkpoint(tmp_path / "not there")
+
+
 def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "net.ptl"
     nets.save_checkpoint(path, trained_net(3, 10), {"round": 1})
@@ -282,6 +328,82 @@ def test_fingerprint_is_of_the_shapes_and_not_of_the_values():
     assert first == nets.fingerprint(trained_net(3, 10))
     others = [LeNet5(1, 10), LeNet5(3, 11), LeNet5(3, 10).double(), nn.Sequential(*LeNet5(3, 10).children())]
     assert len({first, *map(nets.fingerprint, others)}) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# predict.
+
+
+@pytest.fixture(params=[1, 3])
+def predictor(request):
+    """Takes an image: the probabilities that a random net with so many channels gives, a list."""
+    torch.manual_seed(1)
+    model = LeNet5(request.param, 4).eval()
+    return lambda image: list(nets.predict(model, {}, image)[1].values())
+
+
+def as_pil(mode):
+    values = random_images(1, 40, 50, 4, seed=5)[0].copy()
+    if mode == "I;16":
+        return Image.fromarray(values[:, :, 0].astype(np.uint16) * 257)
+    if mode in ("1", "P"):
+        return Image.fromarray(values[:, :, :3]).convert(mode)
+    return Image.fromarray(
+        values.squeeze() if mode == "RGBA" else values[:, :, : {"L": 1, "LA": 2, "RGB": 3}[mode]].squeeze()
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_image_is_the_same_by_path_bytes_file_and_pil(predictor, tmp_path, mode):
+    image, path = as_pil(mode), tmp_path / "image.png"
+    assert image.mode == mode
+    image.save(path)
+    expected = predictor(path)
+    with open(path, "rb") as file:
+        for kind in (str(path), path.read_bytes(), bytearray(path.read_bytes()), file, image, Image.open(path)):
+            assert predictor(kind) == expected, kind
+    if mode in ("L", "RGB", "RGBA", "I;16"):
+        array = np.array(image)
+        assert predictor(array) == expected
+        assert predictor(array.astype(array.dtype.newbyteorder(">"))) == expected
+        assert predictor(np.asfortranarray(array)) == expected
+        if array.ndim == 2:
+            assert predictor(array[:, :, None]) == expected
+
+
+def test_pil_image_is_turned_as_its_file_is(predictor, tmp_path):
+    path, exif = tmp_path / "photo.png", Image.Exif()
+    exif[274] = 6  # Orientation
+    as_pil("RGB").save(path, exif=exif)
+    assert predictor(Image.open(path)) == predictor(path) != predictor(as_pil("RGB"))
+
+
+@pytest.mark.parametrize(
+    "image, reason",
+    [
+        (np.zeros((32, 32), np.float32), "uint8 or uint16, not float32"),
+        (np.zeros((32, 32), bool), "uint8 or uint16, not bool"),
+        (np.zeros((32, 32), np.int64), "uint8 or uint16, not int64"),
+        (np.zeros((32, 32), np.uint32), "uint8 or uint16, not uint32"),
+        (np.zeros((3, 32, 32), np.uint8), "not 3×32×32"),
+        (np.zeros((1, 32, 32, 3), np.uint8), "not 1×32×32×3"),
+        (np.zeros(32, np.uint8), "not 32"),
+        (np.zeros((32, 32, 2), np.uint8), "not 32×32×2"),
+        (np.zeros((0, 32, 3), np.uint8), "not 0×32×3"),
+        (torch.zeros(3, 32, 32), "no image can be made of a Tensor"),
+        ([[0, 255]], "no image can be made of a list"),
+        (None, "no image can be made of a NoneType"),
+        (io.StringIO("text"), "no image can be made of a StringIO"),
+        (b"no image", "image bytes cannot be read"),
+        (b"", "image bytes cannot be read"),
+        ("no/such.png", "image no/such.png cannot be read"),
+        (Image.new("CMYK", (32, 32)), "a PIL image cannot be of mode CMYK"),
+        (Image.new("F", (32, 32)), "a PIL image cannot be of mode F"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_words(image, reason):
+    with pytest.raises(UserError, match=reason):
+        nets.predict(LeNet5(3, 4), {}, image)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,18 @@
 """The server's decision on a client, without a network: each thing that may be wrong, and the reason that is given."""
 
+import copy
+import random
+
 from libs import VERSION
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import nets
 import registry
+from nets import LeNet5
 
 TASK = {
     "dataset": "Tiny",
@@ -14,7 +21,7 @@ TASK = {
     "num_classes": 10,
     "net": "LeNet5",
     "fingerprint": "f1",
-    "trial": np.array([1, -2, 3], np.float32),
+    "trial": np.array([[7, 1, -2, 3], [np.nan, 1, -2, 3]], np.float32),
 }
 WHO = {"cid": 1, "dataset": "Tiny", "device_id": "d", "process": "p", "version": VERSION}
 READY = {
@@ -46,8 +53,8 @@ def test_client_that_fits_is_admitted_with_all_that_it_said():
 
 
 def test_outputs_may_differ_as_much_as_boards_do():
-    near = (TASK["trial"] * np.float32(1 + 1e-6)).tobytes()
-    assert decide(WHO, {**READY, "trial": near})
+    near = TASK["trial"] * np.float32([1, *[1 + 1e-6] * 3])
+    assert decide(WHO, {**READY, "trial": near.tobytes()})
 
 
 def test_server_without_an_id_takes_any_cut():
@@ -74,8 +81,9 @@ def test_server_without_an_id_takes_any_cut():
         ({"trial": b"123"}, "computes something else"),
         ({"trial": "text"}, "computes something else"),
         ({"trial": None}, "computes something else"),
-        ({"trial": np.array([1, -2, 3.1], "<f4").tobytes()}, "computes something else"),
-        ({"trial": np.array([1, -2, np.nan], "<f4").tobytes()}, "computes something else"),
+        ({"trial": np.array([7, 1, -2, 3.1] * 2, "<f4").tobytes()}, "computes something else"),
+        ({"trial": np.array([7, 1, -2, np.nan] * 2, "<f4").tobytes()}, "computes something else"),
+        ({"trial": np.array([5, 1, -2, 3.1] * 2, "<f4").tobytes()}, "computes something else"),
         ({"num_fit": 0}, "its num_fit is 0"),
         ({"num_eval": 2.0}, "its num_eval is 2.0"),
         ({"num_fit": None}, "its num_fit is None"),
@@ -106,9 +114,6 @@ def test_client_of_another_version_is_judged_alike_and_told_both_versions(who, v
 @pytest.mark.parametrize("layer", ["ReLU", "MaxPool2d", "BatchNorm2d"])
 def test_trial_tells_nets_of_the_same_shapes_apart(layer):
     """What lies between the parameters is another: activation, pooling, momentum."""
-    from torch import nn
-
-    from nets import LeNet5, fingerprint, same_trial, trial
 
     def other():
         net, new = LeNet5(3, 10), {"ReLU": nn.LeakyReLU(), "MaxPool2d": nn.AvgPool2d(2)}
@@ -121,19 +126,104 @@ def test_trial_tells_nets_of_the_same_shapes_apart(layer):
                         part[index] = new[layer]
         return net
 
-    assert fingerprint(other()) == fingerprint(LeNet5(3, 10))
-    assert same_trial(trial(LeNet5(3, 10)), trial(LeNet5(3, 10)))
-    assert not same_trial(trial(other()), trial(LeNet5(3, 10)))
+    assert nets.fingerprint(other()) == nets.fingerprint(LeNet5(3, 10))
+    assert_apart(LeNet5(3, 10), other(), again=LeNet5(3, 10))
 
 
-def test_trial_of_a_net_that_is_random_in_training():
-    import torch
+class Net(nn.Module):
+    """A net of whatever `parts` it is given, one after the other."""
 
-    from nets import LeNet5, same_trial, trial
+    image_size, in_channels, num_classes = (4, 4), 1, 3
 
-    class Drops(LeNet5):
-        def forward(self, images):
-            return torch.nn.functional.dropout(super().forward(images), 0.5, self.training)
+    def __init__(self, *parts, **buffers):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Flatten(), *parts)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
-    assert same_trial(trial(Drops(1, 2)), trial(Drops(1, 2)))
-    assert not same_trial(trial(Drops(1, 2)), trial(LeNet5(1, 2)))
+    def forward(self, images):
+        return self.parts(images)
+
+
+def assert_apart(net, other, again):
+    """Check that `trial` tells `net` from `other` and not from `again`, and changes neither it nor later draws."""
+    before, random_state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    one, two, three = map(nets.trial, (net, other, again))
+    assert nets.same_trial(three.ravel(), one) and not nets.same_trial(two.ravel(), one)
+    assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+    assert torch.get_rng_state().equal(random_state) and net.training
+
+
+def dropping(layer, momentum=0.1):
+    return Net(nn.Linear(16, 64), nn.BatchNorm1d(64, momentum=momentum), layer, nn.Linear(64, 3))
+
+
+class Always(nn.Module):
+    """Dropout that is on in evaluation too, by whichever generator."""
+
+    def __init__(self, rate, draw=torch.rand):
+        super().__init__()
+        self.rate, self.draw = rate, draw
+
+    def forward(self, images):
+        return images * (torch.as_tensor(self.draw(images.shape[1])) > self.rate)
+
+
+@pytest.mark.parametrize(
+    "net, other",
+    [
+        (lambda: dropping(nn.Dropout(0.1)), lambda: dropping(nn.Dropout(0.9))),
+        (lambda: dropping(nn.Dropout(0.1)), lambda: dropping(nn.Dropout(0.1), momentum=0.9)),
+        (lambda: dropping(nn.RReLU(0.1, 0.3)), lambda: dropping(nn.RReLU(0.1, 0.9))),
+        (lambda: dropping(Always(0.1)), lambda: dropping(Always(0.4))),
+        (lambda: dropping(Always(0.1, np.random.rand)), lambda: dropping(Always(0.4, np.random.rand))),
+        (
+            lambda: dropping(Always(0.1, lambda size: [random.random() for _ in range(size)])),
+            lambda: dropping(Always(0.4, lambda size: [random.random() for _ in range(size)])),
+        ),
+    ],
+    ids=["dropout", "momentum", "rrelu", "in eval", "numpy", "python"],
+)
+def test_trial_of_a_net_that_is_random(net, other, monkeypatch):
+    assert_apart(net(), other(), again=net())
+    here, seeded = nets.trial(net()), nets.seeded
+    monkeypatch.setattr(nets, "seeded", lambda seed: seeded(seed + 7))  # as a board that draws other numbers
+    assert nets.same_trial(nets.trial(net()).ravel(), here)
+    assert not nets.same_trial(nets.trial(dropping(nn.Dropout(0.1), momentum=0.9)).ravel(), here)
+
+
+class Using(Net):
+    """Puts its buffer to use, which is random from net to net."""
+
+    def __init__(self, buffer, use):
+        super().__init__(nn.Linear(16, 3), buffer=buffer)
+        self.use, self.empty = use, nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, images):
+        return super().forward(self.use(images.flatten(1), self.buffer))
+
+
+@pytest.mark.parametrize(
+    "draw, use",
+    [
+        (lambda: torch.randperm(16), lambda images, buffer: images[:, buffer]),
+        (lambda: torch.rand(16) > 0.5, lambda images, buffer: images * buffer),
+        (lambda: torch.randn(16, dtype=torch.complex64), lambda images, buffer: (images * buffer).imag),
+        (lambda: torch.randn(16), lambda images, buffer: images + buffer),
+    ],
+    ids=["order", "mask", "complex", "float"],
+)
+def test_trial_of_a_net_with_random_buffers(draw, use):
+    def other(images, buffer):
+        return use(images, buffer) * 1.1
+
+    assert_apart(Using(draw(), use), Using(draw(), other), again=Using(draw(), use))
+
+
+def test_trial_tells_tied_parameters_from_others():
+    def net(tied):
+        made = Net(nn.Linear(16, 3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+        made.parts[4].weight = made.parts[2].weight if tied else made.parts[4].weight
+        return made
+
+    assert_apart(net(True), net(False), again=net(True))

@@ -3,8 +3,15 @@
 import re
 import shutil
 
+from libs import UserError
+
 import numpy as np
+import pytest
+import torch
 from helpers import ROOT, history, write_images
+from torch import nn
+
+import nets
 
 SNIPPET = re.search(r"```python\n(class Small.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
@@ -32,10 +39,92 @@ def test_net_that_is_not_there_is_named_before_anything_is_touched(tiny):
 def test_checkpoint_of_a_net_that_is_gone_is_named(suite, three_shards):
     shutil.copytree(three_shards, suite.root / "datasets")
     suite.ckps("Tiny").mkdir(parents=True)
-    import torch
-
     torch.save({"net": "Gone", "model": {}}, suite.ckps("Tiny") / "server.ptl")
     server = suite.server("--dataset", "Tiny", "--resume")
     assert server.wait() == 2
     (line,) = server.err.splitlines()
     assert "its net is Gone, which nets.py has not" in line
+
+
+WIDE = """
+class Wide(nn.Module):
+    image_size = (32, 32)
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(in_channels * 1024, 100)
+
+    def forward(self, images):
+        return self.classifier(images.flatten(1))
+
+
+NETS["Wide"] = Wide
+"""
+
+
+def test_net_that_cannot_be_used_ends_in_one_line_before_anything_is_touched(tiny):
+    with open(tiny.root / "nets.py", "a") as file:
+        file.write(WIDE)
+    server = tiny.server("--dataset", "Tiny", "--net", "Wide")
+    assert server.wait() == 2
+    assert re.fullmatch(
+        r"server.py: net Wide cannot be used: it returns torch.float32 \(8, 100\) .* which is 10 here\n", server.err
+    )
+    assert not tiny.ckps("Tiny").exists()
+
+
+class Own(nn.Module):
+    image_size = (8, 8)
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.classifier = nn.Linear(in_channels * 64, num_classes)
+
+    def forward(self, images):
+        return self.classifier(images.flatten(1))
+
+
+def own(init=None, forward=Own.forward, image_size=(8, 8)):
+    """A class called Own, changed so."""
+
+    def __init__(self, in_channels, num_classes):
+        Own.__init__(self, in_channels, num_classes)
+        if init is not None:
+            init(self)
+
+    return type("Own", (Own,), {"__init__": __init__, "forward": forward, "image_size": image_size})
+
+
+def in_place(self, images):
+    logits = Own.forward(self, images).sigmoid()
+    product = logits * logits
+    logits += 1
+    return product
+
+
+@pytest.mark.parametrize(
+    "net, reason",
+    [
+        (lambda channels, classes: Own(channels, classes), "needs a class of that name, derived from nn.Module"),
+        (object, "needs a class of that name"),
+        (nn.Linear, "needs a class of that name"),
+        (own(image_size=None), r"its image_size is None, not \(height, width\)"),
+        (own(image_size=[8, 8]), r"its image_size is \[8, 8\]"),
+        (own(image_size=(16, 8)), "cannot be run: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        (own(lambda self: self.nothing), "cannot be built: AttributeError: 'Own' object has no attribute 'nothing'"),
+        (
+            own(lambda self: setattr(self, "classifier", nn.LazyLinear(3))),
+            "cannot be run: RuntimeError: .*uninitialized",
+        ),
+        (own(lambda self: self.bfloat16()), "cannot be run: TypeError: .*BFloat16"),
+        (own(forward=lambda self, images: (Own.forward(self, images), images)), "cannot be used: it returns tuple"),
+        (own(forward=lambda self, images: Own.forward(self, images).argmax(1)), r"it returns torch.int64 \(8,\)"),
+        (own(forward=in_place), "cannot be trained: RuntimeError: .*modified by an inplace operation"),
+        (own(lambda self: self.requires_grad_(False)), "cannot be trained: RuntimeError: .*does not require grad"),
+        (own(lambda self: self.register_parameter("w", nn.Parameter(torch.zeros(1) * 1j))), "no complex parameters"),
+    ],
+)
+def test_net_that_cannot_be_used_is_refused_with_the_reason(net, reason, monkeypatch):
+    monkeypatch.setitem(nets.NETS, "Own", net)
+    with pytest.raises(UserError, match=f"^net Own .*{reason}"):
+        nets.trial(nets.build_net("Own", 3, 5))

@@ -1,5 +1,6 @@
 """The record of a run: what its worker saves, in which order, how it ends, and how a later run goes on from it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch
 from helpers import as_logged, start_patched
 
 from nets import LeNet5, get_arrays, save_checkpoint
-from record import FILES, Record, move_aside, moved_aside, resume
+from record import FILES, Record, best_of, move_aside, moved_aside, resume
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -329,6 +330,31 @@ def test_other_data_is_refused_unless_it_is_allowed(tmp_path, change, reason):
         with pytest.raises(UserError) as refused:
             resume(tmp_path, model, {**OLD, "dataset": dataset}, allow_new_data=True)
         assert "--allow_new_data" not in str(refused.value)
+
+
+def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys):
+    about = {**OLD, "dataset": "Tiny"}
+    with contextlib.closing(Record(LeNet5(1, 2), tmp_path / "server.ptl", about=about)) as record:
+        record.test_loaders = None
+        for current, accuracy in enumerate((0.5, 0.75, 0.25), start=1):
+            row = {"round": current, "clients": 1, "failures": 0, "test_accuracy": accuracy}
+            record.add(row, get_arrays(LeNet5(1, 2)), {})
+    path = tmp_path / "server.ptl"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0x40
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"server.ptl: it is damaged.*of round 2, first: cp ") as refused:
+        resume(tmp_path, LeNet5(1, 2), about)
+    subprocess.run(str(refused.value).split("first: ")[1], shell=True, check=True)
+    rows, _, _ = resume(tmp_path, LeNet5(1, 2), about)
+    assert [row["test_accuracy"] for row in rows] == [0.5, 0.75]
+    (tmp_path / "best.ptl").write_bytes(damaged)
+    assert best_of(tmp_path, 2, about) == (0.75, path)
+    assert "best.ptl is not used: it is damaged" in capsys.readouterr().out
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="server.ptl: it is damaged") as refused:
+        resume(tmp_path, LeNet5(1, 2), about)
+    assert "cp " not in str(refused.value)
 
 
 def test_best_starts_anew_on_new_data(tiny, shapes_zip):
