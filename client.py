@@ -37,7 +37,6 @@ from libs import (
     number,
     on_signal,
     plain_args,
-    prove,
     quiet_flower,
     read_secret,
     run_script,
@@ -46,6 +45,8 @@ from libs import (
     tcp_sockets,
     torch,
 )
+from plumbing.common.compare import fingerprint, prove, seeded, trial
+from plumbing.common.state import batch_norm_names, float32_weights, get_arrays, read_saved, set_arrays, write_tensors
 from plumbing.common.wire import WIRE, Holder
 from plumbing.device.machine import describe_machine, device_id, sensors
 
@@ -57,20 +58,7 @@ from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
 from data import describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
-from nets import (
-    NETS,
-    batch_norm_names,
-    build_net,
-    find_net,
-    fingerprint,
-    get_arrays,
-    learned,
-    read_saved,
-    seeded,
-    set_arrays,
-    trial,
-    write_tensors,
-)
+from nets import NETS, build_net, find_net
 
 SILENCE = 60  # seconds without a word from the server, which sends one every 20, until it is taken for lost
 MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
@@ -151,7 +139,7 @@ class Client(NumPyClient):
     """Flower's client for one shard: trains and evaluates `model` on loaders["fit"] and loaders["eval"].
 
     `properties` says who this is (registry.handshake), `about` describes the checkpoints that go to `save_ckp_path`
-    (nets.save_checkpoint); `secret` is bytes or None. The server says which net to train, on which cut of the data:
+    (state.save_checkpoint); `secret` is bytes or None. The server says which net to train, on which cut of the data:
     `load(image_size)` reads anew what lies on the disk by then (data.load_shard).
     """
 
@@ -412,7 +400,7 @@ def serve(client: Client, host: str, port: int, certificate: bytes | None) -> st
     leaves a thread behind for each connection that is lost (grpc 21995), and with flwr 1.11 takes the signals.)
     """
     address, flower_client, answers, over = join_address(host, port), client.to_client(), queue.SimpleQueue(), False
-    holder = Holder(lambda: learned(client.model))
+    holder = Holder(lambda: float32_weights(client.model))
     options = [
         ("grpc.max_send_message_length", -1),
         ("grpc.max_receive_message_length", -1),

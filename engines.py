@@ -9,8 +9,7 @@ import sys
 
 from libs import nn, np, say, torch, tqdm
 from plumbing.common.fast import Adam
-
-from nets import save_checkpoint
+from plumbing.common.state import save_checkpoint
 
 # The server's arguments that travel to the devices with each round, as client_fit_fn's parameters of the same names.
 HYPER_PARAMETERS = ("num_epochs", "lr", "seed", "proximal_mu", "augment")
@@ -118,7 +117,7 @@ def client_fit_fn(
     trained, and those of the trained model. `proximal_mu` is FedProx's (Proximal), no part of the losses; `augment`
     changes the fit images, and the fit figures with them (shift_and_mirror), but not the others. With a `seed` the
     order of the images, and what is random in the net, is the same each time. Saves a checkpoint, which `about`
-    describes (nets.save_checkpoint), to `save_ckp_path` if given; where that cannot be written it only says so, for the
+    describes (state.save_checkpoint), to `save_ckp_path` if given; where that cannot be written it only says so, for the
     result does not depend on it. `training_verbose` shows a bar a pass, on a terminal.
 
     Those of HYPER_PARAMETERS come from the server.

@@ -72,11 +72,6 @@ DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"
 
 
-def prove(secret: bytes, nonce: str, cid: int) -> str:
-    """The answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
-    return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and their digests: what partition.py, the devices and nets.predict have to do alike. Here and not in data.py,
 # which imports torch, that partition.py needs not wait for; cv2 is imported where it is used, since most devices can

@@ -8,24 +8,15 @@ What else it may have: the attribute `augment`, which is the server's default fo
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
 import io
 import os
-import random
 import sys
-import zipfile
 from pathlib import Path
 
-from libs import UserError, atomic_write, decode_image, nn, np, prepare_image, printable, torch
+from libs import UserError, decode_image, nn, np, prepare_image, printable, torch
+from plumbing.common.compare import blamed_on
 from plumbing.common.fast import MaxPool2d
-
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-
-TRIED = 8  # images in a trial
-TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
+from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays  # noqa: F401 (for those who import them from here)
 
 
 class LeNet5(nn.Module):
@@ -95,17 +86,6 @@ def find_net(name: str) -> type[nn.Module]:
     return net
 
 
-@contextlib.contextmanager
-def blamed_on(name, what):
-    """Turn whatever goes wrong in this block into a UserError with the reason: nets are what users write themselves."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"net {name} cannot be {what}: {type(error).__name__}: {printable(error)}") from error
-
-
 def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
     """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none, or it fails."""
     net = find_net(name)
@@ -125,187 +105,6 @@ def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float]
         buffer = dict(model.named_buffers()).get(name)
         if buffer is not None and values is not None:
             buffer.copy_(torch.tensor(values).view_as(buffer))
-
-
-def batch_norm_names(model: nn.Module) -> list[str]:
-    """The names in the state dict of `model` that belong to batch norm, parameters and buffers alike."""
-    modules = model.named_modules(remove_duplicate=False)  # as the state dict names one that stands twice
-    norms = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, _BatchNorm)]
-    return [prefix + key for prefix, module in norms for key in module.state_dict()]
-
-
-def get_arrays(model: nn.Module) -> list[np.ndarray]:
-    """Copies of the parameters and buffers of `model`: a list of numpy arrays, in the order of its state dict."""
-    return [tensor.detach().cpu().numpy().copy() for tensor in model.state_dict().values()]
-
-
-def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
-    """Put such a list into `model`, in place. Raises ValueError where number or shapes differ."""
-    state = model.state_dict()
-    if len(arrays) != len(state):
-        raise ValueError(f"{len(arrays)} arrays for a net of {len(state)}")
-    for (name, tensor), array in zip(state.items(), arrays):
-        if tuple(tensor.shape) != np.shape(array):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {np.shape(array)}")
-        tensor.copy_(torch.as_tensor(array))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """How many numbers training changes in `model`."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def learned(model: nn.Module) -> list[bool]:
-    """Of each array of get_arrays whether it is a float32 parameter, and no buffer, such as the means of batch norm."""
-    parameters = {id(parameter) for parameter in model.parameters()}
-    state = model.state_dict(keep_vars=True).values()
-    return [id(tensor) in parameters and tensor.dtype == torch.float32 for tensor in state]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
-    lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def seeded(seed: int):
-    """Make what is random in this block, on the CPU, the same each time; what follows is as random as before."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def fill(model: nn.Module) -> None:
-    """Give all parameters and buffers of `model` values that are the same on every machine, each others."""
-    noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
-    for index, (name, tensor) in enumerate(model.state_dict().items()):
-        if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-            values = torch.from_numpy(np.resize(np.roll(noise, -index), tuple(tensor.shape)))
-            if tensor.dtype == torch.bool:
-                values = values > 0
-            elif tensor.ndim > 1:
-                values = values / (tensor[:1].numel() or 1) ** 0.5  # so that outputs stay about as large as inputs
-            if name.endswith(("running_var", "input_std")):  # which are never negative or next to nothing
-                values = values.abs().clamp(0.01)
-            tensor.copy_(values * (0.6 + 0.8j) if tensor.is_complex() else values)
-        else:  # integers, such as indices, for which not any number will do
-            tensor.copy_(tensor.flatten().sort().values.view_as(tensor))
-
-
-def trial(model: nn.Module) -> np.ndarray:
-    """What a copy of `model` computes on the CPU for fixed images, parameters and random numbers: float32 2×n.
-
-    The first row has a number for the random numbers that this machine draws, the rates of dropout layers, the logits
-    in eval mode, those in train mode, and the buffers that this pass leaves; the second row is the same, with nan for
-    what is random. By it two nets with the same fingerprint are told apart (same_trial) when what lies between their
-    parameters differs: an activation, a pooling, a momentum. Raises UserError, with the reason, for a net that cannot
-    be run or trained, or whose parameters cannot be sent.
-    """
-    rows, name, shape = [], type(model).__name__, (TRIED, model.in_channels, *model.image_size)
-    noise = np.random.RandomState(1).uniform(size=65521).astype(np.float32)
-    images, labels = torch.from_numpy(np.resize(noise, shape)), torch.arange(TRIED) % model.num_classes
-    rates = [layer.p for layer in model.modules() if isinstance(layer, _DropoutNd)]
-    for seed in (0, 1):
-        with seeded(seed):
-            draws = torch.cat([torch.empty(12).bernoulli_(0.5), (torch.empty(12).exponential_() > 0.7).float()])
-            with blamed_on(name, "run"):
-                net = copy.deepcopy(model)
-                fill(net)
-                set_arrays(net, get_arrays(net))
-                with torch.no_grad():
-                    logits = [net.eval()(images.clone())]
-            with blamed_on(name, "trained"):
-                if any(parameter.is_complex() for parameter in net.parameters()):
-                    raise TypeError("engines.Adam takes no complex parameters (complex buffers are fine)")
-                logits.append(net.train()(images.clone()))
-                for one in logits:
-                    check_logits(one, model)
-                nn.functional.cross_entropy(logits[1], labels).backward()
-        outputs = [(draws * 2.0 ** torch.arange(24)).sum(), torch.tensor(rates).float(), *logits, *net.buffers()]
-        outputs = [torch.view_as_real(output) if output.is_complex() else output for output in outputs]
-        rows.append([output.detach().float().flatten() for output in outputs])
-    alike = [torch.allclose(one, other, TOLERANCE / 2, TOLERANCE / 2) for one, other in zip(*rows)]
-    rows[1] = [one if same else torch.full_like(one, torch.nan) for one, same in zip(rows[0], alike)]
-    return torch.stack([torch.cat(row) for row in rows]).numpy()
-
-
-def check_logits(logits, model):
-    """Raise UserError unless `logits`, the output of `model` for TRIED images, is a float tensor of N×num_classes."""
-    whole = isinstance(logits, torch.Tensor) and logits.is_floating_point()
-    if not whole or logits.shape != (TRIED, model.num_classes):
-        found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-        wanted = f"for {TRIED} images, not a float tensor of {TRIED}×num_classes, which is {model.num_classes} here"
-        raise UserError(f"net {type(model).__name__} cannot be used: it returns {found} {wanted}")
-
-
-def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two results of `trial` are the same, as far as boards and versions of torch compute the same.
-
-    From one seed an Intel CPU draws other numbers than an ARM board, which has no MKL to draw those of dropout. Between
-    these only what does not depend on the seed is compared.
-    """
-    if one.size != other.size:
-        return False
-    one, other, steady = one.reshape(other.shape)[0], other[0], other[0] == other[1]
-    compared = slice(1, None) if one[0] == other[0] else steady
-    one, other = one[compared], other[compared]
-    finite = np.abs(other[np.isfinite(other)])
-    return np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, finite.max(initial=0)), equal_nan=True)
-
-
-def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> None:
-    """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
-
-    `about` gives what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None where absent.
-    Raises OSError when it cannot be written; the file that was there before is then still there.
-    """
-    checkpoint = {
-        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
-        "net": type(model).__name__,
-        "in_channels": model.in_channels,
-        "num_classes": model.num_classes,
-        **dict.fromkeys(("classes", "dataset", "round", "metrics", "wandb_run_id", "args")),
-        **(about or {}),
-    }
-    write_tensors(path, checkpoint)
-
-
-def write_tensors(path: Path, value) -> None:
-    """Write what torch.save makes of `value` to `path`, whole or not at all. Raises OSError when it cannot be written.
-
-    It is made in memory: on a full disk torch's own writer raises a RuntimeError, for some sizes at its very end.
-    """
-    whole = io.BytesIO()
-    torch.save(value, whole)
-    with atomic_write(path) as part:
-        part.write_bytes(whole.getbuffer())
-
-
-def read_saved(path: Path | str) -> dict:
-    """The dictionary that torch.save wrote to `path`, on the CPU, after a look at the checksums in the file.
-
-    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or of another kind, and
-    OSError for one that cannot be read.
-    """
-    data = Path(path).read_bytes()
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself checks nothing
-            if archive.testzip() is not None:
-                raise ValueError("its checksum is wrong")
-        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zipfile and torch make of it
-        raise ValueError(f"it is damaged, or not of this suite: {printable(error)}") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"it is not of this suite: it holds a {type(saved).__name__}")
-    return saved
 
 
 def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from libs import ROOT, UserError, atomic_write, np, printable, say, tqdm
 from plumbing.common.files import sync_file, sync_folder
+from plumbing.common.state import read_saved, save_checkpoint, set_arrays
 from plumbing.laptop.wandb_file import held_steps
 from plumbing.laptop.worker import Worker
 
 from engines import count_answers, server_test_fn
-from nets import load_checkpoint, read_saved, save_checkpoint, set_arrays
+from nets import load_checkpoint
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
@@ -283,7 +284,7 @@ class Record:
     source: the folder with the files of those rounds, where they are not those beside `save_ckp_path`.
     rows: their rows of history.csv, where they are read already (read_history).
     test_loaders: {"test": loader} to test each round's global model on (engines.server_test_fn), or None.
-    about: further entries of the checkpoint (nets.save_checkpoint).
+    about: further entries of the checkpoint (state.save_checkpoint).
     on_row: called with each row of history.csv when it is saved.
     log: called as log(dictionary, step=round), such as the `log` of a wandb run.
 

@@ -15,15 +15,14 @@ import threading
 import time
 from collections.abc import Generator
 
-from libs import KEEPALIVE, UNNAMED, VERSION, keep_alive, np, printable, prove, say, tcp_sockets
+from libs import KEEPALIVE, UNNAMED, VERSION, keep_alive, np, printable, say, tcp_sockets
+from plumbing.common.compare import prove, same_trial
 from plumbing.common.wire import WIRE, Sender, restore_all
 
 from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
 from flwr.server import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
-
-from nets import same_trial
 
 # Flower keeps one stream to each client, on which it answers one question at a time. Besides fit and evaluate the
 # questions are get_properties, whose dictionary says what is meant:
@@ -166,7 +165,7 @@ def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Gene
 
     A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
     itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
-    channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial). With a `secret` (bytes) it must
+    channels, num_classes, dataset_id (None: any), net, fingerprint, trial. With a `secret` (bytes) it must
     first prove that it knows it, and learns nothing before.
     """
     nonce, ready = secrets.token_hex(16), {}

@@ -54,6 +54,8 @@ from libs import (
     split_address,
     torch,
 )
+from plumbing.common.compare import fingerprint, seeded, trial
+from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 
 import flwr.server
@@ -63,17 +65,7 @@ from flwr.server.compat.app import start_grid
 
 from data import describe_in_checkpoint, load_test
 from engines import HYPER_PARAMETERS
-from nets import (
-    batch_norm_names,
-    build_net,
-    count_parameters,
-    find_net,
-    fingerprint,
-    learned,
-    normalise_input,
-    seeded,
-    trial,
-)
+from nets import build_net, find_net, normalise_input
 from record import (
     MANY,
     Curves,
@@ -681,7 +673,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     num_fit, model = count_fits(args), new_model(args, info)
     if args.target_accuracy is not None and args.num_rounds < LASTING:
         raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
-    if args.compress != "off" and not any(learned(model)):
+    if args.compress != "off" and not any(float32_weights(model)):
         raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
     with seeded(0):  # a net may have random buffers
         outputs = trial(build_net(args.net, info["channels"], len(info["classes"])))
@@ -765,7 +757,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         facts = {name: value for name, value in properties.items() if name in MACHINE}
         curves.describe_client(cid, {name: printable(value) for name, value in facts.items()})
 
-    sender = Sender(args.compress, learned(model))
+    sender = Sender(args.compress, float32_weights(model))
     registry = new_registry(args.num_clients, task, on_join=describe_client, sender=sender)
     auto_timeout = args.round_timeout == "auto"
     target = args.target_accuracy, first_that_counts

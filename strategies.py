@@ -16,11 +16,11 @@ import time
 from collections.abc import Mapping
 
 from libs import np, printable
+from plumbing.common.state import get_arrays
 
 from flwr.common import EvaluateRes, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
-from nets import get_arrays
 from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record, cid_order
 
 INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from libs import np, torch
+from plumbing.common.state import float32_weights, get_arrays, set_arrays
 from plumbing.common.wire import COMPRESS, Holder, Sender, restore_all
 
 from common import HERE, about_this_run, write_json
@@ -18,7 +19,7 @@ from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
 from data import load_shard, load_test
 from engines import client_fit_fn, run_epoch
-from nets import build_net, get_arrays, learned, set_arrays
+from nets import build_net
 from strategies import average
 
 CLIENTS, NET = 10, "LeNet5"
@@ -30,7 +31,7 @@ def train(folder, compress, seed, rounds):
     test, info = load_test(folder)
     torch.manual_seed(seed)
     model = build_net(NET, info["channels"], len(info["classes"]))
-    marks = learned(model)
+    marks = float32_weights(model)
     sender, holders = Sender(compress, marks), [Holder(lambda: marks) for _ in range(CLIENTS)]
     arrays, held = get_arrays(model), None
     for current in range(1, rounds + 1):

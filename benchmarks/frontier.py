@@ -17,6 +17,7 @@ import sys
 import time
 
 from libs import nn, torch
+from plumbing.common import state
 from plumbing.common.fast import Adam
 
 import report
@@ -131,7 +132,7 @@ def main():
     seconds = time_steps()
     results["steps"] = {
         name: {
-            "parameters": nets.count_parameters(NETS[name][0]()),
+            "parameters": state.count_parameters(NETS[name][0]()),
             "ratio": statistics.median(mine / other for mine, other in zip(times, seconds["LeNet5"], strict=True)),
         }
         for name, times in seconds.items()

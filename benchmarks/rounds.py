@@ -15,6 +15,8 @@ import threading
 import time
 
 from libs import CKPS, quiet_flower, torch
+from plumbing.common.compare import fingerprint, trial
+from plumbing.common.state import get_arrays
 
 from common import memory_of
 from flwr.common import ndarrays_to_parameters
@@ -22,7 +24,7 @@ from flwr.server import ServerConfig, start_server
 from flwr.server import strategy as flower
 
 import client
-from nets import build_net, fingerprint, get_arrays, trial
+from nets import build_net
 
 MANY = 10**6  # rounds, more than are ever asked for
 NET = ("LeNet5", 3, 10)  # name, channels, classes

@@ -218,8 +218,10 @@ def client_memory(dataset):
         stages[name] = {kind.lower(): memory_of("self", f"Rss{kind}") for kind in ("Anon", "File")}
 
     note("torch, grpc and flwr imported")
+    from plumbing.common.compare import trial
+
     from client import client_fit_fn, load_shard, run_epoch
-    from nets import build_net, trial
+    from nets import build_net
 
     loaders, info = load_shard(DATASETS / dataset, 0, "cpu")
     note("shard read")
@@ -334,11 +336,13 @@ def draw_archive(path):
 
 def aggregation_memory(num_clients, pairs):
     """MiB that N results and their aggregation add at the peak, ours and Flower's, each in a forked process."""
+    from plumbing.common.state import get_arrays
+
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
     from flwr.server import strategy
 
     import strategies
-    from nets import build_net, get_arrays
+    from nets import build_net
 
     torch.manual_seed(0)
     model = build_net(NET, 3, 10)
@@ -382,7 +386,9 @@ def aggregation_memory(num_clients, pairs):
 
 def parameter_bytes():
     """Bytes of the parameters and buffers of the net that the suite trains."""
-    from nets import build_net, get_arrays
+    from plumbing.common.state import get_arrays
+
+    from nets import build_net
 
     return {"bytes": sum(array.nbytes for array in get_arrays(build_net(NET, 3, 10)))}
 

@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 
 import libs
+from plumbing.common.state import save_checkpoint
 
 import cv2
 import numpy as np
@@ -27,7 +28,7 @@ from helpers import ROOT, write_images
 import client
 import partition
 import server
-from nets import LeNet5, save_checkpoint
+from nets import LeNet5
 
 SCRIPTS = {"partition.py": partition, "client.py": client, "server.py": server}
 

@@ -5,6 +5,7 @@ import pickle
 import zipfile
 
 from libs import UserError
+from plumbing.common import compare
 
 import cv2
 import numpy as np
@@ -324,10 +325,10 @@ def test_parameters_travel_in_the_order_of_the_state_dict():
 
 
 def test_fingerprint_is_of_the_shapes_and_not_of_the_values():
-    first = nets.fingerprint(LeNet5(3, 10))
-    assert first == nets.fingerprint(trained_net(3, 10))
+    first = compare.fingerprint(LeNet5(3, 10))
+    assert first == compare.fingerprint(trained_net(3, 10))
     others = [LeNet5(1, 10), LeNet5(3, 11), LeNet5(3, 10).double(), nn.Sequential(*LeNet5(3, 10).children())]
-    assert len({first, *map(nets.fingerprint, others)}) == 5
+    assert len({first, *map(compare.fingerprint, others)}) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

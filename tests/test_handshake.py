@@ -250,7 +250,9 @@ class Stranger(threading.Thread):
 
 def properties(dataset_id, **others):
     """All that a right client says of itself, at once."""
-    from nets import LeNet5, fingerprint, trial
+    from plumbing.common.compare import fingerprint, trial
+
+    from nets import LeNet5
 
     who = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32, "process": "0" * 16}
     dataset = {"channels": 3, "num_classes": 10, "dataset_id": dataset_id, "num_fit": 160, "num_eval": 40}

@@ -4,13 +4,13 @@ import copy
 import random
 
 from libs import VERSION
+from plumbing.common import compare
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import nets
 import registry
 from nets import LeNet5
 
@@ -126,7 +126,7 @@ def test_trial_tells_nets_of_the_same_shapes_apart(layer):
                         part[index] = new[layer]
         return net
 
-    assert nets.fingerprint(other()) == nets.fingerprint(LeNet5(3, 10))
+    assert compare.fingerprint(other()) == compare.fingerprint(LeNet5(3, 10))
     assert_apart(LeNet5(3, 10), other(), again=LeNet5(3, 10))
 
 
@@ -148,8 +148,8 @@ class Net(nn.Module):
 def assert_apart(net, other, again):
     """Check that `trial` tells `net` from `other` and not from `again`, and changes neither it nor later draws."""
     before, random_state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    one, two, three = map(nets.trial, (net, other, again))
-    assert nets.same_trial(three.ravel(), one) and not nets.same_trial(two.ravel(), one)
+    one, two, three = map(compare.trial, (net, other, again))
+    assert compare.same_trial(three.ravel(), one) and not compare.same_trial(two.ravel(), one)
     assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
     assert torch.get_rng_state().equal(random_state) and net.training
 
@@ -186,10 +186,10 @@ class Always(nn.Module):
 )
 def test_trial_of_a_net_that_is_random(net, other, monkeypatch):
     assert_apart(net(), other(), again=net())
-    here, seeded = nets.trial(net()), nets.seeded
-    monkeypatch.setattr(nets, "seeded", lambda seed: seeded(seed + 7))  # as a board that draws other numbers
-    assert nets.same_trial(nets.trial(net()).ravel(), here)
-    assert not nets.same_trial(nets.trial(dropping(nn.Dropout(0.1), momentum=0.9)).ravel(), here)
+    here, seeded = compare.trial(net()), compare.seeded
+    monkeypatch.setattr(compare, "seeded", lambda seed: seeded(seed + 7))  # as a board that draws other numbers
+    assert compare.same_trial(compare.trial(net()).ravel(), here)
+    assert not compare.same_trial(compare.trial(dropping(nn.Dropout(0.1), momentum=0.9)).ravel(), here)
 
 
 class Using(Net):

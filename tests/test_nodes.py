@@ -3,13 +3,15 @@
 import time
 from types import SimpleNamespace
 
+from plumbing.common.compare import fingerprint, trial
+
 import pytest
 from flwr.common import Code, GetPropertiesRes, Status
 from flwr.server.client_proxy import ClientProxy
 from helpers import wait_until
 
 import registry
-from nets import build_net, fingerprint, trial
+from nets import build_net
 
 NET = ("LeNet5", 1, 2)
 TASK = {"dataset": "Tiny", "dataset_id": "5" * 32, "net": NET[0], "channels": NET[1], "num_classes": NET[2]}

@@ -4,6 +4,7 @@ import re
 import shutil
 
 from libs import UserError
+from plumbing.common import compare
 
 import numpy as np
 import pytest
@@ -127,4 +128,4 @@ def in_place(self, images):
 def test_net_that_cannot_be_used_is_refused_with_the_reason(net, reason, monkeypatch):
     monkeypatch.setitem(nets.NETS, "Own", net)
     with pytest.raises(UserError, match=f"^net Own .*{reason}"):
-        nets.trial(nets.build_net("Own", 3, 5))
+        compare.trial(nets.build_net("Own", 3, 5))

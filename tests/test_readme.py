@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+from plumbing.common.state import save_checkpoint
+
 import cv2
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from helpers import ROOT
 
 import client
 import partition
-from nets import LeNet5, save_checkpoint
+from nets import LeNet5
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

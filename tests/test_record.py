@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from libs import UserError
+from plumbing.common.state import get_arrays, save_checkpoint
 from plumbing.laptop import worker
 from plumbing.laptop.wandb_file import logged_steps
 
@@ -22,7 +23,7 @@ import pytest
 import torch
 from helpers import as_logged, start_patched
 
-from nets import LeNet5, get_arrays, save_checkpoint
+from nets import LeNet5
 from record import FILES, Record, best_of, move_aside, moved_aside, resume
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}

@@ -8,6 +8,8 @@ import signal
 import sys
 
 from libs import UserError
+from plumbing.common.compare import fingerprint, same_trial, trial
+from plumbing.common.state import get_arrays
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from helpers import Suite, history, lines, start_patched, wait_until
 import client
 import server
 from data import BatchLoader
-from nets import GroupNet, LeNet5, fingerprint, get_arrays, load_checkpoint, normalise_input, predict, same_trial, trial
+from nets import GroupNet, LeNet5, load_checkpoint, normalise_input, predict
 from strategies import STRATEGIES, FedAvg
 
 NORM = re.compile(r"layer[12]\.1\.")  # what belongs to batch norm in LeNet5's state dict

@@ -4,6 +4,8 @@ import math
 import threading
 import time
 
+from plumbing.common.state import get_arrays, set_arrays
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from data import BatchLoader
 from engines import client_fit_fn, server_test_fn
-from nets import LeNet5, get_arrays, set_arrays
+from nets import LeNet5
 from strategies import FIT_METRICS, STRATEGIES, FedAvg, FedMedian, FedTrimmedAvg, Krum, metrics_aggregation_fn
 
 OK = Status(Code.OK, "")

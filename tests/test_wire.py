@@ -3,6 +3,7 @@
 import re
 
 from plumbing.common import wire
+from plumbing.common.state import get_arrays
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from flwr.common import Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from helpers import history, lines, start_patched, wait_until
 
-from nets import LeNet5, get_arrays, learned
+from nets import LeNet5
 
 # A client that prints the bytes of every message with parameters, and a digest of those that it then has.
 TELLING = """
@@ -230,18 +231,18 @@ def test_what_a_difference_was_too_coarse_for_is_sent_with_the_next_ones():
 
 def test_buffers_and_integers_are_not_shrunk_and_tied_parameters_are():
     model = LeNet5(3, 10)
-    names = [name for name, is_learned in zip(model.state_dict(), learned(model)) if not is_learned]
+    names = [name for name, is_learned in zip(model.state_dict(), float32_weights(model)) if not is_learned]
     assert names == [f"layer{k}.1.{n}" for k in (1, 2) for n in ("running_mean", "running_var", "num_batches_tracked")]
     tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).double())
     tied.append(tied[0])
-    assert learned(tied) == [True, True, False, False, True, True]
+    assert float32_weights(tied) == [True, True, False, False, True, True]
 
 
 def test_chain_of_differences_stays_where_both_ends_are():
     """Twenty models, each sent as the difference to the one before: the device has what the server takes it to have."""
     rng = np.random.RandomState(1)
     arrays = get_arrays(LeNet5(3, 10))
-    marks = learned(LeNet5(3, 10))
+    marks = float32_weights(LeNet5(3, 10))
     sender, holder, held = wire.Sender("int8", marks), wire.Holder(lambda: marks), None
     for turn in range(20):
         arrays = [a + rng.normal(size=a.shape).astype(a.dtype) * a.dtype.type(0.01) for a in arrays]

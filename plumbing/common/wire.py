@@ -90,7 +90,7 @@ class Model:
 class Sender:
     """The server's end, one for all devices: what each is sent for the parameters that all are to get.
 
-    `learned` says of each array whether `compress` is for it (nets.learned).
+    `learned` says of each array whether `compress` is for it (state.float32_weights).
     """
 
     def __init__(self, compress: str = "off", learned: list[bool] | None = None):
@@ -126,7 +126,7 @@ class Sender:
 class Holder:
     """A device's end of one connection: the model that it was sent last, and what differences were too coarse for.
 
-    `learned` is called for nets.learned of the net that is trained.
+    `learned` is called for state.float32_weights of the net that is trained.
     """
 
     def __init__(self, learned: Callable[[], list[bool]]):

@@ -1,0 +1,97 @@
+"""A net's state, as arrays and as a file that describes itself."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+from plumbing.common.files import atomic_write
+from plumbing.common.process import printable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def get_arrays(model: nn.Module) -> list[np.ndarray]:
+    """Copies of the parameters and buffers of `model`: a list of numpy arrays, in the order of its state dict."""
+    return [tensor.detach().cpu().numpy().copy() for tensor in model.state_dict().values()]
+
+
+def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
+    """Put such a list into `model`, in place. Raises ValueError where number or shapes differ."""
+    state = model.state_dict()
+    if len(arrays) != len(state):
+        raise ValueError(f"{len(arrays)} arrays for a net of {len(state)}")
+    for (name, tensor), array in zip(state.items(), arrays):
+        if tuple(tensor.shape) != np.shape(array):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {np.shape(array)}")
+        tensor.copy_(torch.as_tensor(array))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers training changes in `model`."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def float32_weights(model: nn.Module) -> list[bool]:
+    """Of each array of get_arrays whether it is a float32 parameter, and no buffer, such as the means of batch norm."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    state = model.state_dict(keep_vars=True).values()
+    return [id(tensor) in parameters and tensor.dtype == torch.float32 for tensor in state]
+
+
+def batch_norm_names(model: nn.Module) -> list[str]:
+    """The names in the state dict of `model` that belong to batch norm, parameters and buffers alike."""
+    modules = model.named_modules(remove_duplicate=False)  # as the state dict names one that stands twice
+    norms = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, _BatchNorm)]
+    return [prefix + key for prefix, module in norms for key in module.state_dict()]
+
+
+def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> None:
+    """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
+
+    `about` gives what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None where absent.
+    Raises OSError when it cannot be written; the file that was there before is then still there.
+    """
+    checkpoint = {
+        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "net": type(model).__name__,
+        "in_channels": model.in_channels,
+        "num_classes": model.num_classes,
+        **dict.fromkeys(("classes", "dataset", "round", "metrics", "wandb_run_id", "args")),
+        **(about or {}),
+    }
+    write_tensors(path, checkpoint)
+
+
+def write_tensors(path: Path, value) -> None:
+    """Write what torch.save makes of `value` to `path`, whole or not at all. Raises OSError when it cannot be written.
+
+    It is made in memory: on a full disk torch's own writer raises a RuntimeError, for some sizes at its very end.
+    """
+    whole = io.BytesIO()
+    torch.save(value, whole)
+    with atomic_write(path) as part:
+        part.write_bytes(whole.getbuffer())
+
+
+def read_saved(path: Path | str) -> dict:
+    """The dictionary that torch.save wrote to `path`, on the CPU, after a look at the checksums in the file.
+
+    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or of another kind, and
+    OSError for one that cannot be read.
+    """
+    data = Path(path).read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself checks nothing
+            if archive.testzip() is not None:
+                raise ValueError("its checksum is wrong")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile and torch make of it
+        raise ValueError(f"it is damaged, or not of this suite: {printable(error)}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"it is not of this suite: it holds a {type(saved).__name__}")
+    return saved
