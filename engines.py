@@ -117,8 +117,8 @@ def client_fit_fn(
     trained, and those of the trained model. `proximal_mu` is FedProx's (Proximal), no part of the losses; `augment`
     changes the fit images, and the fit figures with them (shift_and_mirror), but not the others. With a `seed` the
     order of the images, and what is random in the net, is the same each time. Saves a checkpoint, which `about`
-    describes (state.save_checkpoint), to `save_ckp_path` if given; where that cannot be written it only says so, for the
-    result does not depend on it. `training_verbose` shows a bar a pass, on a terminal.
+    describes (state.save_checkpoint), to `save_ckp_path` if given; an error there is only printed.
+    `training_verbose` shows a progress bar per epoch, on a terminal.
 
     Those of HYPER_PARAMETERS come from the server.
     """

@@ -3,7 +3,7 @@
 import re
 
 from plumbing.common import wire
-from plumbing.common.state import get_arrays
+from plumbing.common.state import float32_weights, get_arrays
 
 import numpy as np
 import pytest
