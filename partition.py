@@ -695,7 +695,7 @@ def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the number of train images of each client."""
     source, checksum, (classes, channels, splits, levels) = open_source(args)
     if "test_fraction" in args.given and not args.without_test_set:
-        say(f"note: --test_fraction has no effect: {source} has a test set")
+        say("note: --test_fraction has no effect: the source has a test set")
     labels, digests, grey, digest = {}, {}, [], hashlib.md5()
     sums = np.zeros((2, 3), np.int64)  # of the training images' values and of their squares, a channel
     for split, count, images in splits:

@@ -105,7 +105,7 @@ def make_parser(description=__doc__):
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
     parser.add_argument("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
     parser.add_argument(
-        "--num_clients", type=number(int, 1), help="number of clients, with cids from 0 (default: as many as shards)"
+        "--num_clients", type=number(int, 1), help="number of clients, cids from 0 (default, and at most: all shards)"
     )
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
