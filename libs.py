@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from plumbing import UNNAMED, VERSION
 from plumbing.common.arguments import (
     find_folder,
     given_flags,
@@ -65,8 +66,6 @@ def __getattr__(name):
     return globals()[name]
 
 
-VERSION = "1.1.0"  # of the suite, as in pyproject.toml; client and server tell it each other
-UNNAMED = "before 1.1.0"  # the versions that did not
 ROOT = Path(__file__).resolve().parent
 DATASETS = ROOT / "datasets"
 CKPS = ROOT / "ckps"

@@ -17,6 +17,8 @@ import time
 from libs import CKPS, quiet_flower, torch
 from plumbing.common.compare import fingerprint, trial
 from plumbing.common.state import get_arrays
+from plumbing.device.connection import Connection
+from plumbing.device.task import Task
 
 from common import memory_of
 from flwr.common import ndarrays_to_parameters
@@ -102,7 +104,7 @@ class Echo(client.Client):
 
     def __init__(self, cid, task):
         who = {"cid": cid, "device_id": f"{cid:032x}", "process": f"{cid:016x}", "num_fit": 4000, "num_eval": 1000}
-        super().__init__(None, None, properties={**task, **who, "dataset_id": "", "trial": task["trial"].tobytes()})
+        super().__init__(Task(), properties={**task, **who, "dataset_id": "", "trial": task["trial"].tobytes()})
 
     def get_properties(self, config):
         return self.properties
@@ -119,7 +121,8 @@ def be_clients(first_cid, num_clients, port):
 
     def stay(cid):
         echo = Echo(cid, task)
-        while client.serve(echo, "127.0.0.1", port, None) is not None:
+        connection = Connection(echo, "127.0.0.1", port)
+        while connection.serve() is not None:
             time.sleep(0.2)  # the server is not up yet
 
     for cid in range(first_cid, first_cid + num_clients):

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from libs import nn, torch
+from plumbing.device.task import Task
 
 import report
 from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
@@ -97,7 +98,7 @@ def train(root, name, alpha, seed):
         local = nets.build_net(net, info["channels"], len(info["classes"]))
         kept = root / f"{name}-{alpha}-{seed}-{cid}.ptl" if "fedbn" in options else None
         about = describe_in_checkpoint(info)
-        clients.append(Client(local, loaders, save_ckp_path=kept, properties={"cid": cid}, about=about))
+        clients.append(Client(Task(local, loaders, about), save_ckp_path=kept, properties={"cid": cid}))
     parameters, tests, ok = ndarrays_to_parameters(nets.get_arrays(model)), [], Status(Code.OK, "")
     for current in range(1, NUM_ROUNDS + 1):
         config = {"round": current, "num_rounds": NUM_ROUNDS, "seed": seed, **options}

@@ -34,12 +34,13 @@ sys.path[0], sys.argv = str(args.suite), ["client.py", *rest]
 
 from libs import np, run_script  # noqa: E402
 from plumbing.common import sockets  # noqa: E402 (of the suite that the path above names)
+from plumbing.device import connection  # noqa: E402
 
 import client  # noqa: E402
 
-real_train, real_fit, real_serve, order = client.client_fit_fn, client.Client.fit, client.serve, ""
-client.MAX_DELAY = args.max_delay or client.MAX_DELAY
-client.SILENCE = args.silence or client.SILENCE
+real_train, real_fit, real_serve, order = client.client_fit_fn, client.Client.fit, connection.Connection.serve, ""
+connection.MAX_DELAY = args.max_delay or connection.MAX_DELAY
+connection.SILENCE = args.silence or connection.SILENCE
 client.CKPS = args.ckps or client.CKPS
 sockets.KEEPALIVE = args.keepalive or sockets.KEEPALIVE
 
@@ -81,11 +82,11 @@ def fit(self, parameters, config):
 def serve_unended(*args_of_serve):
     threading.Thread(target=real_serve, args=args_of_serve, daemon=True).start()
     time.sleep(1)
-    client.serve = real_serve
+    connection.Connection.serve = real_serve
     return "lost it"
 
 
 client.client_fit_fn, client.Client.fit = train, fit
 if args.twice:
-    client.serve = serve_unended
+    connection.Connection.serve = serve_unended
 run_script(client.main)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 from libs import VERSION, UserError
+from plumbing.device import connection
+from plumbing.device.task import Task
 
 import pytest
 import torch
+from flwr.common import GetPropertiesIns, serde
 from flwr.proto.transport_pb2 import ServerMessage
 from helpers import ROOT
 
@@ -26,7 +29,8 @@ def trainer(tmp_path):
         dataset = labels
 
     loaders = {"fit": Loader([(images, labels)]), "eval": Loader([(images, labels)])}
-    return client.Client(LeNet5(1, 2), loaders, save_ckp_path=tmp_path / "client_0.ptl")
+    task = Task(LeNet5(1, 2), loaders, nets=nets.NETS, build_net=nets.build_net)
+    return client.Client(task, save_ckp_path=tmp_path / "client_0.ptl")
 
 
 def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
@@ -37,7 +41,7 @@ def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
         far_bystander, _ = other.accept()
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(5):
-            client.hang_up(server.getsockname()[1])
+            connection.hang_up(server.getsockname()[1])
         assert len(os.listdir("/proc/self/fd")) == before
         far.settimeout(5)
         assert far.recv(1) == b""
@@ -47,34 +51,43 @@ def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
             sock.close()
 
 
+class Server:
+    """A server that sends the messages `questions`, and then ends the connection."""
+
+    def __init__(self, channel, questions):
+        self.questions = questions
+
+    def Join(self, answers):
+        yield from self.questions
+
+
+def get_properties(config):
+    return ServerMessage(get_properties_ins=serde.get_properties_ins_to_proto(GetPropertiesIns(config)))
+
+
 @pytest.mark.parametrize("version, added", [
     ({}, f" (this client runs FL-IoT {VERSION}, the server before 1.1.0: update the older one)"),
     ({"version": "9.9"}, ""),  # such a server says it itself
 ])  # fmt: skip
-def test_client_that_is_turned_away_names_the_version_of_a_server_that_does_not(trainer, version, added):
-    assert VERSION in trainer.get_properties({"nonce": "a", **version})["net"]  # which the first servers show
-    trainer.get_properties({"turned_away": "its net is None, the server's is LeNet5"})
-    assert trainer.notice == {"turned_away": "its net is None, the server's is LeNet5" + added}
+def test_client_that_is_turned_away_names_the_version_of_a_server_that_does_not(trainer, monkeypatch, version, added):
+    monkeypatch.setattr(connection, "FlowerServiceStub", lambda channel: Server(channel, questions))
+    questions = [
+        get_properties({"nonce": "a", **version}),
+        get_properties({"turned_away": "its net is None, the server's is LeNet5"}),
+    ]
+    with pytest.raises(UserError) as ended:
+        connection.Connection(trainer, "127.0.0.1", 1).serve()
+    assert str(ended.value).endswith("its net is None, the server's is LeNet5" + added)
+    assert VERSION in client.describe_client(0, "Tiny", "d")["net"]  # which the first servers show
 
 
 def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(trainer, monkeypatch, capsys):
-    monkeypatch.setattr(client, "probe", lambda *args: None)
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    ends = iter(["in good order", "with a goodbye"])
-
-    class Server:
-        """A server whose first connection ends without a goodbye."""
-
-        def __init__(self, channel):
-            pass
-
-        def Join(self, answers):
-            if next(ends) == "with a goodbye":
-                yield ServerMessage(reconnect_ins=ServerMessage.ReconnectIns())
-
-    monkeypatch.setattr(client, "FlowerServiceStub", Server)
-    monkeypatch.setattr(client, "watch_silence", lambda *args: None)
-    assert client.stay_connected(trainer, "127.0.0.1", 1, None, 60) == 0
+    monkeypatch.setattr(connection, "probe", lambda *args: None)
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    ends = iter([[], [ServerMessage(reconnect_ins=ServerMessage.ReconnectIns())]])  # first without a goodbye
+    monkeypatch.setattr(connection, "FlowerServiceStub", lambda channel: Server(channel, next(ends)))
+    monkeypatch.setattr(connection.Connection, "watch_silence", lambda self: None)
+    assert connection.stay_connected(connection.Connection(trainer, "127.0.0.1", 1), 60) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["lost the server at 127.0.0.1:1; trying again", "training is over"]
 
@@ -89,9 +102,9 @@ def test_a_net_that_cannot_be_run_here_is_told_to_the_server(trainer, monkeypatc
     class Shard(list):
         images = torch.rand(4, 1, 32, 32)
 
-    for loader in trainer.loaders.values():
+    for loader in trainer.task.loaders.values():
         loader.dataset = Shard(range(4))
-    trainer.about.update(classes=["ant", "bee"], dataset_id=None)
+    trainer.task.about.update(classes=["ant", "bee"], dataset_id=None)
     answer = trainer.get_properties({"net": "Broken"})
     assert answer["error"].startswith("net Broken cannot be used: it returns tuple") and "trial" not in answer
 
@@ -120,4 +133,4 @@ from libs import nn, torch; print(nn is torch.nn is libs.nn, hasattr(libs, "pyto
 
 def test_mistyped_address_is_said(trainer):
     with pytest.raises(UserError, match="192.168.1..10"):
-        client.probe("192.168.1..10", 8080, None)
+        connection.probe("192.168.1..10", 8080, None)

@@ -12,6 +12,8 @@ import time
 
 from plumbing.common import arguments
 from plumbing.device import machine
+from plumbing.device.connection import Connection
+from plumbing.device.task import Task
 
 import grpc
 import pandas as pd
@@ -96,12 +98,13 @@ def test_lost_connections_leave_no_threads_files_or_memory_behind():
     transport_pb2_grpc.add_FlowerServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    trainer = client.Client(LeNet5(1, 2), {"fit": [], "eval": []}, properties={"cid": 0})
+    trainer = client.Client(Task(LeNet5(1, 2), {"fit": [], "eval": []}), properties={"cid": 0})
+    connection = Connection(trainer, "127.0.0.1", port)
     process = psutil.Process()
 
     def connect(times):
         for _ in range(times):
-            assert client.serve(trainer, "127.0.0.1", port, None).startswith("lost the server")
+            assert connection.serve().startswith("lost the server")
         until = time.monotonic() + 5
         while threading.active_count() > most_threads and time.monotonic() < until:
             time.sleep(0.05)  # what ends, ends a moment later

@@ -408,6 +408,7 @@ FAILING = {
 }
 FAIL_FROM = """
 from libs import np
+from plumbing.device import connection
 import time
 real_fit = script.Client.fit
 FIGURES = dict.fromkeys(("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"), 0.5)
@@ -420,7 +421,7 @@ def fit(self, parameters, config):
     except RuntimeError as error:
         return [], 0, {"error": str(error)}
 
-script.Client.fit, script.MAX_DELAY = fit, 1
+script.Client.fit, connection.MAX_DELAY = fit, 1
 """
 
 

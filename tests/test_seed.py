@@ -22,6 +22,8 @@ def test_seed_makes_a_run_one_that_can_be_repeated(tiny):
 
 
 def test_order_of_the_images_differs_from_round_to_round_and_from_device_to_device(monkeypatch):
+    from plumbing.device.task import Task
+
     import client
 
     seeds = []
@@ -29,7 +31,7 @@ def test_order_of_the_images_differs_from_round_to_round_and_from_device_to_devi
     monkeypatch.setattr(client.Client, "set_parameters", lambda *args: None)
     monkeypatch.setattr(client.Client, "get_parameters", lambda *args: [])
     for cid in (0, 1):
-        device = client.Client(None, {"fit": type("Loader", (), {"dataset": [0]})}, properties={"cid": cid})
+        device = client.Client(Task(None, {"fit": type("Loader", (), {"dataset": [0]})}), properties={"cid": cid})
         for current in (1, 2, 1):
             device.fit([], {"round": current, "seed": 7})
     assert seeds[0] == seeds[2] and seeds[3] == seeds[5] and len(set(seeds)) == 4

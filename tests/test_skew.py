@@ -10,6 +10,8 @@ import sys
 from libs import UserError
 from plumbing.common.compare import fingerprint, same_trial, trial
 from plumbing.common.state import get_arrays
+from plumbing.device.own_batch_norm import OwnBatchNorm
+from plumbing.device.task import Task
 
 import numpy as np
 import pandas as pd
@@ -145,9 +147,8 @@ def device(folder, **about):
     shard = Shard(0)
     loaders = {"fit": BatchLoader(shard, 10, shuffle=True), "eval": BatchLoader(shard, 40)}
     about = {"dataset_id": "a cut", **about}
-    return client.Client(
-        LeNet5(1, 2), loaders, save_ckp_path=folder / "client_0.ptl", properties={"cid": 0}, about=about
-    )
+    task = Task(LeNet5(1, 2), loaders, about)
+    return client.Client(task, save_ckp_path=folder / "client_0.ptl", properties={"cid": 0})
 
 
 def fit(one, current, fedbn="run", parameters=None):
@@ -155,7 +156,7 @@ def fit(one, current, fedbn="run", parameters=None):
     parameters = parameters or get_arrays(seeded(0))
     arrays, _, metrics = one.fit(parameters, {"round": current, "seed": 1, "fedbn": fedbn})
     assert "error" not in metrics, metrics
-    return dict(zip(one.model.state_dict(), arrays, strict=True))
+    return dict(zip(one.task.model.state_dict(), arrays, strict=True))
 
 
 def seeded(seed):
@@ -200,7 +201,7 @@ def die_half_way(kept, file):
 
 MOMENTS = {  # in the second round, and whether its batch norm is kept by then
     "training": (client, "client_fit_fn", die, False),
-    "trained": (client.OwnBatchNorm, "keep", die, False),
+    "trained": (OwnBatchNorm, "keep", die, False),
     "writing": (torch, "save", die_half_way, False),
     "renaming": (os, "replace", die, False),
     "written": (client, "sensors", die, True),
@@ -238,7 +239,7 @@ def test_a_device_begins_with_the_servers_batch_norm_in_another_run_or_cut_or_ne
         assert (norm(start) == norm(GLOBAL)).all()
         assert "batch norm begins with the server's" in capsys.readouterr().out
     other = device(tmp_path)
-    other.model = LeNet5(1, 3)
+    other.task.model = LeNet5(1, 3)
     with monkeypatch.context() as patch:
         seen = []
         patch.setattr(client, "client_fit_fn", lambda loaders, model, **kwargs: seen.append(get_arrays(model)) or {})
@@ -263,7 +264,9 @@ def test_two_runs_that_go_on_from_one_keep_their_batch_norms_apart(tmp_path, mon
 def test_batch_norm_that_has_diverged_or_cannot_be_read_or_written_ends_nothing(tmp_path, monkeypatch, capsys):
     one = device(tmp_path)
     kept = norm(fit(one, 1))
-    nonsense = [np.full_like(array, np.nan) if array.dtype.kind == "f" else array for array in get_arrays(one.model)]
+    nonsense = [
+        np.full_like(array, np.nan) if array.dtype.kind == "f" else array for array in get_arrays(one.task.model)
+    ]
     fit(one, 2, parameters=nonsense)
     assert (norm(starts_from(one, monkeypatch)) == kept).all()
     (tmp_path / "client_0.bn").write_bytes(b"PK\x03\x04half of it")
@@ -293,7 +296,8 @@ def test_evaluation_is_under_the_devices_own_batch_norm(tmp_path):
 
 WATCH = """
 import hashlib, re
-script.MAX_DELAY = 1
+from plumbing.device import connection
+connection.MAX_DELAY = 1
 real_fit, real_epoch = script.client_fit_fn, script.run_epoch
 
 def digests(model):

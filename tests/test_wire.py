@@ -16,9 +16,11 @@ from nets import LeNet5
 # A client that prints the bytes of every message with parameters, and a digest of those that it then has.
 TELLING = """
 import hashlib
-real_answer, real_unpack = script.answer, script.Holder.unpack
-def answer(flower_client, message, holder):
-    reply = real_answer(flower_client, message, holder)
+from plumbing.common.wire import Holder
+from plumbing.device.connection import Connection
+real_answer, real_unpack = Connection.answer, Holder.unpack
+def answer(self, flower_client, message, holder):
+    reply = real_answer(self, flower_client, message, holder)
     kind = message.WhichOneof("msg")
     if kind in ("fit_ins", "evaluate_ins"):
         print("wire", kind[:-4], message.ByteSize(), reply.ByteSize(), flush=True)
@@ -27,7 +29,7 @@ def unpack(self, parameters):
     plain = real_unpack(self, parameters)
     print("has", hashlib.sha256(b"".join(plain.tensors)).hexdigest()[:12], flush=True)
     return plain
-script.answer, script.Holder.unpack = answer, unpack
+Connection.answer, Holder.unpack = answer, unpack
 """
 PLAIN = "script.WIRE = 0\n"  # as if its client.py knew nothing of wire.py
 SIZE = 248392  # of LeNet5's arrays
@@ -114,7 +116,8 @@ BREAKS = [  # what is wrong with the tensors that a device sends, or with its ne
 ]
 BREAKING = """
 import torch
-real_pack, real_fit, turn, value = script.Holder.pack, script.client_fit_fn, 0, None
+from plumbing.common.wire import Holder
+real_pack, real_fit, turn, value = Holder.pack, script.client_fit_fn, 0, None
 def fit(loaders, model, **kwargs):
     global turn, value
     turn, value = turn + 1, None
@@ -128,7 +131,7 @@ def pack(self, parameters):
     tensors = list(real_pack(self, parameters).tensors)
     exec(breaks[turn - 1])
     return type(parameters)(tensors, "fp16")
-script.Holder.pack, script.client_fit_fn = pack, fit
+Holder.pack, script.client_fit_fn = pack, fit
 """
 
 

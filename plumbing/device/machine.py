@@ -12,10 +12,22 @@ import sys
 from pathlib import Path
 
 from plumbing.common.files import atomic_write
-from plumbing.common.process import say
+from plumbing.common.process import UserError, say
 
 import flwr
 import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device for `--device`. Raises UserError if this machine has none of that name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0][:200]}") from None
+    return device
 
 
 def describe_machine(root: Path = Path("/")) -> dict:
