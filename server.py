@@ -106,9 +106,7 @@ def make_parser(description=__doc__):
     parser.add_argument("--num_rounds", type=number(int, 1), default=100, help="number of the last round")
     parser.add_argument("--num_epochs", type=number(int, 1), default=1, help="epochs that a client trains in a round")
     parser.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
-    parser.add_argument(
-        "--seed", type=optional(seed), help="make the run one that can be repeated"
-    )
+    parser.add_argument("--seed", type=optional(seed), help="make the run one that can be repeated")
     parser.add_argument(
         "--strategy",
         choices=STRATEGIES,

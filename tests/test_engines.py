@@ -1,6 +1,7 @@
 """The step beside plain torch: Adam, LeNet5's gradients, FedProx; and how the images to train on are changed."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engines import Adam, client_fit_fn, shift_and_mirror
+import server
+from engines import HYPER_PARAMETERS, Adam, client_fit_fn, shift_and_mirror
 from nets import LeNet5, MaxPool2d
 
 SHAPES = [(6, 3, 5, 5), (16,), (84, 120), (), (10,), (7,)]
@@ -280,3 +282,8 @@ def test_pooling_is_that_of_torch(shape, last):
     assert torch.equal(mine.grad, plain.grad)
     images[..., 1, 0] = torch.nan
     assert torch.equal(MaxPool2d()(images).isnan(), F.max_pool2d(images, 2).isnan())
+
+
+def test_what_travels_to_the_devices_is_written_out():
+    """Each is a flag of the server and a parameter of client_fit_fn; no other flag travels for its name."""
+    assert set(HYPER_PARAMETERS) <= set(vars(server.parse_args({}))) & set(inspect.signature(client_fit_fn).parameters)
