@@ -580,7 +580,7 @@ def resume(folder: Path, model, about: dict, allow_new_data: bool = False) -> tu
         raise
     except ValueError as error:
         raise UserError(f"cannot resume from {path}: {error}") from None
-    except Exception as error:  # whatever torch.load, and load_state_dict make of files that are not ours
+    except Exception as error:  # whatever torch.load and load_state_dict make of files that are not ours
         reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
