@@ -381,11 +381,12 @@ class Record:
             is_best = finished.row["test_accuracy"] > self.best
             if is_best or finished is tested[-1]:
                 self._save_checkpoint(self.path.name, finished)
+            if finished is tested[-1]:
+                for table, rows in new:  # finished by now: rows that cannot be saved are not shown either
+                    table.rows += rows
             if is_best:
                 self.best = finished.row["test_accuracy"]
                 self._save_checkpoint("best.ptl", finished)
-        for table, rows in new:  # saved by now: what cannot be is not shown either
-            table.rows += rows
         for finished in tested:
             if self.log is not None:
                 self.log(as_curves(finished.row, finished.clients), step=finished.row["round"])

@@ -843,7 +843,7 @@ def run_app(grid, context):
         folder = find_folder(context.run_config)
         os.environ.setdefault("WANDB_DIR", str(folder))
         settings = {name: value for name, value in context.run_config.items() if name != "folder"}
-        if isinstance(settings["resume"], str) and settings["resume"]:
+        if isinstance(settings.get("resume"), str) and settings["resume"]:
             settings["resume"] = str(folder / settings["resume"])  # the SuperLink may run elsewhere
         args = parse_args(settings, folder / "ckps")
         run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)

@@ -57,8 +57,8 @@ def parse_args():
     args, given = parser.parse_args(), given_flags(parser)
     with open(ROOT / "pyproject.toml", "rb") as file:
         known = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
-    for name in sorted(given - set(known)):
-        raise UserError(f"--{name} has no effect in a simulation, which has no wire")
+    if given - set(known):
+        raise UserError(f"--{min(given - set(known))} has no effect in a simulation, which has no wire")
     if args.round_timeout is not None:
         raise UserError("--round_timeout has no meaning in a simulation, where clients wait for a core")
     settings = {name: "off" if value is None else value for name, value in vars(args).items() if name in given}

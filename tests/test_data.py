@@ -1,10 +1,13 @@
 """data, nets and engines, each compared with numpy, OpenCV and plain torch."""
 
 import io
+import os
 import pickle
+import resource
+import stat
 import zipfile
 
-from libs import UserError
+from libs import UserError, atomic_write
 from plumbing.common import compare
 
 import cv2
@@ -16,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import client
 import nets
 from data import BatchLoader, ImageDataset
 from engines import client_fit_fn, server_test_fn
@@ -309,6 +313,38 @@ def test_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         nets.save_checkpoint(path, LeNet5(3, 10), {"round": 2})
     assert [child.name for child in tmp_path.iterdir()] == ["net.ptl"] and path.read_bytes() == before
+
+
+def test_full_disk_is_an_os_error_at_any_size(tmp_path, capsys):
+    """A limit on the size of a file stands for the full disk. torch's own writer raises RuntimeErrors there."""
+    path, own = tmp_path / "net.ptl", client.OwnBatchNorm(tmp_path / "net.bn")
+    own.kept, model, limits = {}, LeNet5(3, 10), resource.getrlimit(resource.RLIMIT_FSIZE)
+    nets.save_checkpoint(path, model)
+    before = path.read_bytes()
+    try:
+        for size in range(0, len(before), len(before) // 12):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(OSError):
+                nets.save_checkpoint(path, model)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        own.keep(model, "a run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in capsys.readouterr().out
+    assert [child.name for child in tmp_path.iterdir()] == ["net.ptl"] and path.read_bytes() == before
+
+
+def test_name_is_on_the_disk_after_what_it_names(tmp_path, monkeypatch):
+    def noted(owner, name, what):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (done.append(what(*args)), real(*args)))
+
+    done = []
+    noted(os, "fsync", lambda fd: "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+    noted(os, "replace", lambda *paths: "rename")
+    with atomic_write(tmp_path / "a") as part:
+        part.write_text("a")
+    assert done == ["file", "rename", "folder"]
 
 
 def test_parameters_travel_in_the_order_of_the_state_dict():

@@ -1,6 +1,7 @@
 """The step beside plain torch: Adam, LeNet5's gradients, FedProx; and how the images to train on are changed."""
 
 import copy
+import inspect
 
 from plumbing.common import fast
 from plumbing.common.fast import Adam, MaxPool2d
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engines import client_fit_fn, shift_and_mirror
+import server
+from engines import HYPER_PARAMETERS, client_fit_fn, shift_and_mirror
 from nets import LeNet5
 
 SHAPES = [(6, 3, 5, 5), (16,), (84, 120), (), (10,), (7,)]
@@ -290,3 +292,8 @@ def test_adam_without_the_fused_call(monkeypatch):
     """As on a board with a torch before 2.4."""
     monkeypatch.setattr(fast, "HAS_FUSED_ADAM", False)
     test_every_step_is_that_of_torch_for_whatever_gradients()
+
+
+def test_what_travels_to_the_devices_is_written_out():
+    """Each is a flag of the server and a parameter of client_fit_fn; no other flag travels for its name."""
+    assert set(HYPER_PARAMETERS) <= set(vars(server.parse_args({}))) & set(inspect.signature(client_fit_fn).parameters)

@@ -807,6 +807,20 @@ def test_running_again_leaves_nothing_of_the_former_partition(make, shapes_zip, 
     assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["Tiny"]
 
 
+def test_new_split_is_on_the_disk_before_the_old_one_goes(make, shapes_zip, monkeypatch):
+    def noted(owner, name, what):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (done.append(what(*args)), real(*args, **kwargs))[1])
+
+    folder, done = make("Tiny", "--source", shapes_zip, "--num_clients", 3), []
+    noted(os, "sync", lambda: "all")
+    noted(os, "fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
+    noted(Path, "rename", lambda path, target: target.name)
+    noted(shutil, "rmtree", lambda path, *args: f"without {path.name}" if path.exists() else None)
+    make("Tiny", "--source", shapes_zip, "--num_clients", 2)
+    assert [*filter(None, done)] == ["all", ".Tiny.old", "Tiny", str(folder.parent), "without .Tiny.old"]
+
+
 def test_running_again_into_a_linked_folder(make, shapes_zip, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "datasets").mkdir()

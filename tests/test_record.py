@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,8 +25,9 @@ import pytest
 import torch
 from helpers import as_logged, start_patched
 
+import server
 from nets import LeNet5
-from record import FILES, Record, best_of, move_aside, moved_aside, resume
+from record import FILES, Record, Round, best_of, move_aside, moved_aside, resume
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -91,6 +94,110 @@ def test_no_figure_that_a_device_can_send_ends_the_drawing(tmp_path, value):
     record.close()
     assert (tmp_path / "metrics.png").stat().st_size > 1000
     assert list(pd.read_csv(tmp_path / "history.csv")["fit_loss"]) == [value, value]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables, as a power cut, a full disk or another version of the suite leaves them.
+
+
+def record_of(folder, rounds, last_round=0, **kwargs):
+    """Records `rounds` with one client, whose figures tell the round; gives the record, which is closed."""
+    record = Record(LeNet5(1, 2), folder / "server.ptl", last_round, **kwargs)
+    record._draw = lambda: None
+    for current in rounds:
+        told = {"examples": 24, "fit_loss": current / 8, "fit_seconds": 1.0}
+        record.add({"round": current, **FIGURES, "fit_loss": current / 8}, get_arrays(record.model), {"0": told})
+    record.close()
+    return record
+
+
+def go_on(folder):
+    """What --resume reads: the rows up to the checkpoint's round."""
+    return resume(folder, LeNet5(1, 2), {"dataset": None})[0]
+
+
+def test_tables_after_a_resume_are_those_of_one_run(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    record_of(tmp_path / "one", range(1, 5))
+    record_of(tmp_path / "two", range(1, 4))
+    with open(tmp_path / "two" / "clients.csv", "a") as file:
+        file.write("3,0,24,0.3")  # a kill, or a power cut
+    record_of(tmp_path / "two", range(3, 5), last_round=2)
+    for name in ("history.csv", "clients.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kept, cut", [(3, 4), (3, -1), (2, 0), (0, 0)])
+def test_rows_that_history_has_lost_are_empty_but_for_what_the_checkpoint_knows(tmp_path, capsys, kept, cut):
+    whole = record_of(tmp_path, range(1, 5)).history.rows
+    header, *lines = (tmp_path / "history.csv").read_text().splitlines()
+    (tmp_path / "history.csv").write_text("\n".join([header, *lines[:kept], lines[kept][:cut]]))
+    rows = go_on(tmp_path)
+    assert f"has lost the rows from round {kept + 1} to 4" in capsys.readouterr().out
+    assert [row["round"] for row in rows] == [1, 2, 3, 4] and all(math.isnan(row["eval_loss"]) for row in rows[kept:-1])
+    np.testing.assert_equal([*rows[:kept], rows[-1]], [*whole[:kept], whole[-1]])
+    record_of(tmp_path, [5], last_round=4, rows=rows)
+    assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no table\n", "round,fit_loss\n1,1.0\ntwo,2.0\n3,3.0\n", "round,fit_loss\n2,1.0\n"]
+)
+def test_history_that_is_damaged_elsewhere_is_refused(tmp_path, text):
+    record_of(tmp_path, range(1, 4))
+    (tmp_path / "history.csv").write_text(text)
+    with pytest.raises(UserError, match="history.csv"):
+        go_on(tmp_path)
+
+
+def test_columns_that_come_and_go_cost_no_run_its_figures(tmp_path, capsys):
+    record_of(tmp_path, range(1, 4))
+    for name in ("history.csv", "clients.csv"):  # as a version with `old` and without fit_accuracy has written it
+        table = pd.read_csv(tmp_path / name).drop(columns="fit_accuracy").assign(old=7)
+        table.to_csv(tmp_path / name, index=False)
+    rows = go_on(tmp_path)
+    assert "history.csv has no column fit_accuracy" in capsys.readouterr().out
+    record_of(tmp_path, [4], last_round=3, rows=rows)
+    for name in ("history.csv", "clients.csv"):
+        table = pd.read_csv(tmp_path / name)
+        assert list(table["old"].fillna(0)) == [7, 7, 7, 0] and list(table["fit_loss"]) == [0.125, 0.25, 0.375, 0.5]
+        assert table["fit_accuracy"].isna().sum() == (3 if name == "history.csv" else 4)
+
+
+def test_damaged_lines_of_clients_are_left_out_and_said(tmp_path, capsys):
+    record_of(tmp_path, range(1, 4))
+    lines = (tmp_path / "clients.csv").read_text().splitlines()
+    (tmp_path / "clients.csv").write_text("\n".join([lines[0], "\0\0", *lines[2:], ""]))
+    record_of(tmp_path, [4], last_round=3)
+    assert "1 lines are no rows, from line 2 on" in capsys.readouterr().out
+    assert list(pd.read_csv(tmp_path / "clients.csv")["round"]) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, limit):
+    record = record_of(tmp_path, [1])
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", last_round=1)
+    record.worker.close()
+
+    def save(current):
+        row = {"round": current, **FIGURES, "test_accuracy": current / 10}
+        record._save([Round(row, get_arrays(record.model), {"0": {"examples": 24}})])
+
+    save(2)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a full disk: clients.csv takes another row, or a part of it, and server.ptl nothing
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "clients.csv").stat().st_size + limit, limits[1]))
+        with pytest.raises(OSError):
+            save(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = record.clients.summarise(len(record.history.rows))
+    assert line.startswith("cid 0: 2 of 2 rounds")
+    for path, content in before.items():
+        after = path.read_bytes()
+        assert after.startswith(content) and after.endswith(b"\n") and after.count(b"\n") <= content.count(b"\n") + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +271,50 @@ def assert_complete(suite, last):
     rows = as_logged(rows)
     for name in rows.columns[1:]:
         assert list(steps[name]) == pytest.approx(list(rows[name]), nan_ok=True), name
+
+
+@pytest.fixture
+def as_before(tmp_path, monkeypatch):
+    """Parses a command line with --resume, the args of whose checkpoint are given."""
+
+    def parse(args, *flags, settings=None):
+        save_checkpoint(tmp_path / "Tiny" / "server.ptl", LeNet5(1, 2), {"args": args})
+        monkeypatch.setattr(sys, "argv", ["server.py", "--dataset", "Tiny", "--resume", *flags])
+        return vars(server.parse_args(settings, tmp_path))
+
+    (tmp_path / "Tiny").mkdir()
+    return parse
+
+
+def test_what_is_not_given_is_as_before_and_what_is_other_is_said(as_before, capsys):
+    earlier = {"num_epochs": 8, "lr": 0.01, "seed": 3, "fedbn": True, "compress": "int8", "secret_file": "a secret"}
+    earlier.update(num_clients=3, min_clients=3, server_address="0.0.0.0", round_timeout=None, gone="since")
+    args = as_before(earlier)
+    assert {name: args[name] for name in ("num_epochs", "lr", "seed", "fedbn", "compress")}.items() <= earlier.items()
+    assert (args["secret_file"], args["num_clients"]) == (Path("a secret"), 3)
+    assert (args["server_address"], args["num_rounds"]) == ("127.0.0.1", 100)
+    assert " → " not in capsys.readouterr().out
+    flags = "--num_epochs 1 --lr 0.01 --seed off --no-fedbn --secret_file off --num_clients 2 --compress=off".split()
+    args = as_before(earlier, *flags)
+    assert (args["num_epochs"], args["lr"], args["seed"], args["fedbn"]) == (1, 0.01, None, False)
+    assert (args["secret_file"], args["num_clients"], args["min_clients"]) == (None, 2, None)
+    changes = capsys.readouterr().out.splitlines()[0].partition(": ")[2].split(", ")
+    assert set(changes) == {
+        *("num_epochs: 8 → 1", "seed: 3 → off", "fedbn: on → off", "secret_file: a secret → off"),
+        *("num_clients: 3 → 2", "compress: int8 → off"),
+    }
+    settings = {"dataset": "Tiny", "resume": True, "lr": 0.1, "num_epochs": "", "fedbn": "", "num_rounds": ""}
+    args = as_before(earlier, settings=settings)  # of a Flower App, which has no wire
+    assert (args["lr"], args["num_epochs"], args["fedbn"], args["secret_file"]) == (0.1, 8, True, None)
+
+
+def test_values_of_a_checkpoint_that_are_none_any_more_are_named_and_can_be_replaced(as_before):
+    for earlier in ({"strategy": "Gone"}, {"num_epochs": 0}, {"lr": "fast"}):
+        with pytest.raises(UserError, match=f"server.ptl.*--{[*earlier][0]}"):
+            as_before(earlier)
+    assert as_before({"strategy": "Gone"}, "--strategy", "Krum")["strategy"] == "Krum"
+    for earlier in (None, {}, "none"):
+        assert as_before(earlier)["num_epochs"] == 1
 
 
 def prompt_client(suite):

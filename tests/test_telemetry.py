@@ -12,7 +12,8 @@ from plumbing.device import machine
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import lines, start_patched
+import torch
+from helpers import lines, start_patched, wandb_folders, wandb_records
 
 import server
 
@@ -130,8 +131,16 @@ def test_clients_csv_and_wandb_have_what_each_client_told(tiny):
 
 
 def test_what_the_clients_told_before_is_kept_at_a_resume(tiny):
-    for last in (2, 3):
-        server = tiny.server("--dataset", "Tiny", "--num_clients", 1, "--num_rounds", last, "--resume")
+    """And the flags are, but for what is given."""
+    for last, flags in ((2, ["--num_clients", 1, "--num_epochs", 2, "--fraction_fit", 0.5]), (3, ["--lr", 0.01])):
+        server = tiny.server("--dataset", "Tiny", "--num_rounds", last, "--resume", *flags)
         client = tiny.client(0, "--dataset", "Tiny")
         assert (server.wait(), client.wait()) == (0, 0)
         assert list(clients_csv(tiny)["round"]) == list(range(1, last + 1))
+    args = torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["args"]
+    assert (args["num_epochs"], args["lr"], args["num_clients"]) == (2, 0.01, 1)
+    assert "lr: 0.001 → 0.01" in server.out and "num_epochs 2" in server.out
+    (run,) = [one["run"] for one in wandb_records(wandb_folders(tiny)[-1]) if one["type"] == "run"]
+    assert (run["config"]["update"]["num_epochs"], run["config"]["update"]["lr"]) == (2, 0.01)
+    examples = [line.split(",")[2] for line in (tiny.ckps("Tiny") / "clients.csv").read_text().splitlines()]
+    assert examples == ["examples", "160", "160", "160"]

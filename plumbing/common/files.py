@@ -48,7 +48,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """Give a path to write to; what was written gets the name `path` when the block ends well, and else vanishes.
 
     The disk has the file before it is renamed, and its name before this returns: a power cut leaves the old file or
-    the new one, and never the old one after something that was written later.
+    the new one, and the new one wherever anything that was written later is left.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
