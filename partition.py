@@ -39,6 +39,7 @@ from pathlib import Path
 from libs import (
     DATASETS,
     UserError,
+    count_eval,
     cut_id,
     decode_image,
     image_digest,
@@ -732,7 +733,7 @@ def write_dataset(folder, args):
     (folder / "clients").mkdir()
     shard_digests = []
     for cid, ids in enumerate(shards):
-        num_eval = min(max(1, round(len(ids) * args.eval_fraction)), len(ids) - 1)
+        num_eval = count_eval(len(ids), args.eval_fraction)
         phases = ["fit"] * (len(ids) - num_eval) + ["eval"] * num_eval
         rows = [(str(row), str(labels["train"][row]), phase) for row, phase in zip(ids, phases)]
         write_table(folder / "clients" / f"client_{cid}.csv", ("id", "label", "phase"), rows)

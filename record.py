@@ -39,7 +39,13 @@ TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
 COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
 TIMES = ("fit_seconds", "eval_seconds", "wait_seconds")
-TELEMETRY = (*TIMES, "peak_memory_mb", "cpu_temp_c", "throttled", "load")
+TELEMETRY = {  # what a device tells of itself, and the range in which that can be true
+    **dict.fromkeys(TIMES, (0, 1e7)),
+    "peak_memory_mb": (0, 1e7),
+    "cpu_temp_c": (-100, 200),
+    "throttled": (0, 2**20 - 1),  # 20 bits
+    "load": (0, 1e5),
+}
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
 SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds")})

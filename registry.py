@@ -166,8 +166,9 @@ def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Gene
 
     A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
     itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
-    channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial). With a `secret` (bytes) it must
-    first prove that it knows it, and learns nothing before.
+    channels, num_classes, dataset_id (None: any), net, fingerprint, trial (nets.trial), and sizes (those of
+    data.describe_dataset; None: any). With a `secret` (bytes) it must first prove that it knows it, and learns nothing
+    before.
     """
     nonce, ready = secrets.token_hex(16), {}
     client = yield {"nonce": nonce}
@@ -226,6 +227,9 @@ def why_not_ready(ready, cid, task):
     for name in ("num_fit", "num_eval"):
         if type(ready.get(name)) is not int or ready[name] < 1:
             return f"its {name} is {shown.get(name)}, not a positive number of images"
+    told, due = (ready["num_fit"], ready["num_eval"]), (task.get("sizes") or {}).get(cid)
+    if due not in (None, told):
+        return f"it has {told[0]} fit + {told[1]} eval images, and by dataset.json its shard has {due[0]} + {due[1]}"
     return None
 
 

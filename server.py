@@ -657,6 +657,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         "dataset_id": info["id"],
         "channels": info["channels"],
         "num_classes": len(info["classes"]),
+        "sizes": info["sizes"],
         "net": args.net,
         "fingerprint": fingerprint(model),
         "trial": trial(build_net(args.net, info["channels"], len(info["classes"]))),
