@@ -31,7 +31,7 @@ from libs import ROOT, UserError, atomic_write, np, printable, say, torch, tqdm
 import pandas as pd
 
 from engines import count_answers, server_test_fn
-from nets import load_checkpoint, save_checkpoint, set_arrays
+from nets import get_arrays, load_checkpoint, save_checkpoint, set_arrays
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
@@ -204,6 +204,15 @@ class Round:
     row: dict
     arrays: list
     clients: dict
+    is_sound: bool = False  # whether its test gave numbers
+
+
+class Diverged(Exception):
+    """The global model of a `round` has a `loss` on the test set that is no number."""
+
+    def __init__(self, current, loss):
+        super().__init__(f"the test_loss of round {current} is {loss}: its model is not kept")
+        self.round = current
 
 
 class Worker:
@@ -231,6 +240,10 @@ class Worker:
         if self.closed:
             raise RuntimeError(f"{self.thread.name} is closed")
         self._put(item)
+
+    def is_idle(self) -> bool:
+        """Whether `one` has been called with all that was put."""
+        return self.items.unfinished_tasks == 0
 
     def close(self) -> None:
         """End the thread. Afterwards all that was put is done, or this raises what prevented it.
@@ -265,6 +278,7 @@ class Worker:
                     ended = True
                 elif item is not None:
                     self.one(item)
+                    self.items.task_done()
                     waiting.append(item)
                 if waiting and (ended or time.monotonic() >= due):
                     self.some(waiting)
@@ -296,7 +310,8 @@ class Record:
     on_row: called with each row of history.csv when it is saved.
     log: called as log(dictionary, step=round), such as the `log` of a wandb run.
 
-    What fails in the thread ends it; `check`, `add` and `close` raise it, and the rounds before stay saved.
+    What fails in the thread ends it; `check`, `add` and `close` raise it, and the rounds before stay saved. A round
+    whose test_loss is not finite is not saved, nor are those after it, until `go_back`.
     """
 
     def __init__(
@@ -314,6 +329,8 @@ class Record:
         self.best, self.best_path = best_of(source, last_round, self.about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
         self.begun = False  # whether this run has saved anything
+        self.sound = last_round, get_arrays(model)  # the newest that passed its test, or from which the run starts
+        self.diverged = None  # the first that did not
         self.best_model, self.mistakes = None, None  # once the worker has ended: best.ptl, and its count_answers
         self.draw_at = time.monotonic() + DRAW_EVERY
         self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
@@ -330,9 +347,28 @@ class Record:
         """Raise what went wrong in the worker, if anything did."""
         self.worker.check()
 
+    def check_tests(self) -> bool:
+        """Whether all rounds that were handed over are tested. Raises Diverged where one of them did not pass."""
+        all_tested = self.worker.is_idle()
+        if self.diverged is not None:
+            raise self.diverged
+        return all_tested
+
+    def go_back(self) -> tuple[int, list]:
+        """Forget all rounds from the one that diverged on: the round before it, and the arrays of its model."""
+        while not self.worker.is_idle():
+            self.check()
+            time.sleep(0.01)
+        self.diverged = None
+        return self.sound
+
     def close(self) -> None:
-        """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
+        """End the worker: afterwards every round that was handed over is saved, logged and in the picture.
+
+        Raises Diverged where one is not, for its test.
+        """
         self.worker.close()
+        self.check_tests()
 
     def models(self):
         """The files of this run's models, {"best": path, "latest": path}, as far as they are there."""
@@ -357,9 +393,15 @@ class Record:
         say(f"model: {self.path}; beside it {', '.join(beside)}")
 
     def _test(self, finished):
+        if self.diverged is not None:
+            return
         if self.test_loaders is not None:
             set_arrays(self.model, finished.arrays)
             finished.row.update(server_test_fn(self.test_loaders, self.model))
+            if not math.isfinite(finished.row["test_loss"]):
+                self.diverged = Diverged(finished.row["round"], finished.row["test_loss"])
+                return
+        self.sound, finished.is_sound = (finished.row["round"], finished.arrays), True
 
     def _save(self, tested):
         """Save tested rounds, in this order: clients.csv, history.csv, server.ptl, best.ptl, wandb; screen and picture.
@@ -368,6 +410,9 @@ class Record:
         goes on drops later rows of the tables and runs those rounds again; it takes best.ptl from server.ptl where
         that is better (best_of), and sends to wandb the rows that are missing there (start_wandb).
         """
+        tested = [finished for finished in tested if finished.is_sound]
+        if not tested:
+            return
         if not self.begun:
             self._begin()
         self.clients.extend(tested)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import math
 import secrets
 import threading
 import time
@@ -43,6 +44,8 @@ READY_TIMEOUT = 120  # seconds for a client to read its shard anew, if it has to
 MALFORMED = (TypeError, ValueError)  # what Flower raises on an answer that is none
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
+SAY_AGAIN = 60  # seconds until a reason to turn clients away is said again
+REASONS = 50  # that are said in that time: strangers may cause any number
 LOST = "connection lost"  # the one reason of ClientFailure that says nothing of the run
 
 
@@ -282,6 +285,30 @@ def describe(properties):
     return f": {board}, {properties['num_fit']} fit + {properties['num_eval']} eval images"
 
 
+class Seldom:
+    """Says a line for a reason once in SAY_AGAIN seconds, and those of REASONS reasons in that time."""
+
+    def __init__(self):
+        self.said = {}  # {reason: (when it was said, how often it was not said since)}, one of REASONS entries at most
+        self.lock = threading.Lock()
+
+    def say(self, reason: str, text: str) -> bool:
+        """Say `text` for `reason`, unless that has been said lately; whether it is said now."""
+        now = time.monotonic()
+        with self.lock:
+            when, unsaid = self.said.get(reason, (-math.inf, 0))
+            if now - when < SAY_AGAIN:
+                self.said[reason] = when, unsaid + 1
+                return False
+            if len(self.said) >= REASONS:
+                self.said = {one: (when, n) for one, (when, n) in self.said.items() if now - when < SAY_AGAIN}
+            if len(self.said) >= REASONS:
+                return False
+            self.said[reason] = now, 0
+        say(f"{text} ({unsaid} more for this reason since it was last said)" if unsaid else text)
+        return True
+
+
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
@@ -301,6 +328,7 @@ class Registry(SimpleClientManager):
         self.connections = {}  # Flower's proxies of the open ones by their ids, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
+        self.seldom = Seldom()
 
     def register(self, client):
         """Flower's: `client` is its proxy of a new connection."""
@@ -342,7 +370,7 @@ class Registry(SimpleClientManager):
             proxy.bridge.close()
         except TurnedAway as reason:
             if not self.closed:
-                say(f"turned away cid {reason.cid}: {reason}")
+                self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
             send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
         else:
             if admitted:
@@ -470,9 +498,9 @@ class Nodes(Registry):
                 if self._admit(Node(proxy, properties, turn)):
                     return
             except TurnedAway as reason:
-                if str(reason) != said and not self.closed:
-                    say(f"turned away cid {reason.cid}: {reason}")
-                said = str(reason)
+                text = str(reason)
+                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
+                    said = text
             time.sleep(ASK_AGAIN)
 
     def remove(self, client):

@@ -193,7 +193,7 @@ def reaches(sent: list[np.ndarray], weights: list[bool], most_images: int, confi
         reach, batches = 10 * config["lr"] * steps + most_weight / 100, 1000.0 * steps
     floats = [array.dtype.kind == "f" for array in sent]
     norms = [largest(array) for array, weight, is_float in zip(sent, weights, floats) if is_float and not weight]
-    norm = 1000 * max(1, *norms, 0) * max(1, reach) ** 2
+    norm = 1000 * max([1.0, *norms]) * max(1, reach) * max(1, reach)  # ** 2 would raise OverflowError
     return [reach if weight else norm if is_float else batches for weight, is_float in zip(weights, floats)]
 
 
@@ -265,7 +265,8 @@ class Checked:
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
     last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
-    `check` does.
+    `check` does. aggregate_fit and `close` raise record.Diverged where a round's test_loss is not finite; `go_back`
+    then has the model to go on from.
     """
 
     least = 1  # results that the strategy needs
@@ -289,7 +290,10 @@ class Checked:
         headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
         self.expected = list(zip(initial_model.state_dict(), arrays, headers))
         self.learned, self.norms = learned(initial_model), set(batch_norm_names(initial_model))
-        self.sent, self.config = arrays, {}  # the model from which the round's clients train, and what they are told
+        self.sent, self.config = (
+            initial,
+            {},
+        )  # the parameters from which a round's clients train, and what they are told
         self.odd = set()  # (cid, name) of the telemetry that was said to be odd
         self.reasons = {}
         self.failures = 0  # since the last finished round
@@ -300,6 +304,14 @@ class Checked:
     def check(self):
         """Raise what went wrong with the record, if anything did."""
         self.record.check()
+
+    def go_back(self):
+        """Forget the rounds from the one that diverged on: the number of the round before, and the arrays of its model.
+
+        Record.check_tests says that there is one.
+        """
+        self.row = None
+        return self.record.go_back()
 
     def close(self):
         """Hand over the round that is under way, if somebody trained in it, and wait for the record."""
@@ -312,8 +324,7 @@ class Checked:
     def configure_fit(self, server_round, parameters, client_manager):
         self.started = time.monotonic()
         instructions = super().configure_fit(server_round, parameters, client_manager)
-        self.sent = parameters_to_ndarrays(parameters)
-        self.config = instructions[0][1].config if instructions else {}
+        self.sent, self.config = parameters, instructions[0][1].config if instructions else {}
         self.tries[server_round] += 1
 
         def lot(instruction):
@@ -325,6 +336,7 @@ class Checked:
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate what passes the checks: (Parameters, metrics), or (None, {}) where too little does."""
         self.check()
+        self.record.check_tests()  # or the results are of a model that is not kept
         self._finish_row()
         self.reasons = {}
         self._count(server_round, failures)
@@ -382,8 +394,9 @@ class Checked:
         own = self.norms if self.config.get("fedbn") else ()  # stays on the device, and may be far from the mean
         names = [name for name, _, _ in self.expected]
         weights = [learned and name not in own for name, learned in zip(names, self.learned)]
-        most = reaches(self.sent, weights, max((res.num_examples for _, res in kept), default=1), self.config)
-        pairs = [zip(res.parameters.arrays, self.sent) for _, res in kept]
+        sent = parameters_to_ndarrays(self.sent)
+        most = reaches(sent, weights, max((res.num_examples for _, res in kept), default=1), self.config)
+        pairs = [zip(res.parameters.arrays, sent) for _, res in kept]
         changes = [[largest(np.subtract(now, before, dtype=np.float64)) for now, before in pair] for pair in pairs]
         outliers = find_outliers(changes, most)
         for index, (place, change, bound) in outliers.items():
