@@ -1,5 +1,7 @@
 """The server's decision on a client, without a network: each thing that may be wrong, and the reason that is given."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ TASK = {
     "dataset_id": "a1",
     "channels": 3,
     "num_classes": 10,
+    "sizes": {1: (8, 2)},
     "net": "LeNet5",
     "fingerprint": "f1",
     "trial": np.array([1, -2, 3], np.float32),
@@ -77,6 +80,8 @@ def test_server_without_an_id_takes_any_cut():
         ({"num_fit": 0}, "its num_fit is 0"),
         ({"num_eval": 2.0}, "its num_eval is 2.0"),
         ({"num_fit": None}, "its num_fit is None"),
+        ({"num_fit": 9}, r"it has 9 fit \+ 2 eval images, and by dataset.json its shard has 8 \+ 2"),
+        ({"num_eval": 1}, r"it has 8 fit \+ 1 eval images"),
     ],
 )
 def test_client_that_does_not_fit_is_turned_away(change, reason):
@@ -85,6 +90,24 @@ def test_client_that_does_not_fit_is_turned_away(change, reason):
     with pytest.raises(registry.TurnedAway, match=reason) as turned_away:
         decide(who, ready)
     assert turned_away.value.cid == str(who["cid"])
+
+
+def test_lines_that_strangers_cause_are_said_once_a_minute_for_each_reason(monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(registry, "say", said.append)
+    seldom = registry.Seldom()
+    for second in range(150):
+        clock[0] = float(second)
+        seldom.say("a", f"a at {second}")
+        seldom.say("b", f"b at {second}") if second in (0, 100) else None
+    more = "(59 more for this reason since it was last said)"
+    assert said == ["a at 0", "b at 0", f"a at 60 {more}", "b at 100", f"a at 120 {more}"]
+    for number in range(10_000):
+        seldom.say(f"a reason of its own: {number}", "")
+    assert len(seldom.said) == registry.REASONS and len(said) < 60
+    clock[0] += 60
+    assert seldom.say("a new one", "said")
 
 
 @pytest.mark.parametrize("layer", ["ReLU", "MaxPool2d", "BatchNorm2d"])
