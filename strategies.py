@@ -172,7 +172,7 @@ def check_evaluate(client, res: EvaluateRes) -> EvaluateRes:
 
 def largest(array):
     """The largest absolute value in an array, as a float; 0.0 where it is empty."""
-    return float(np.abs(array.astype(np.float64)).max(initial=0))
+    return float(np.abs(array.astype(np.float64, copy=False)).max(initial=0))
 
 
 def reaches(sent: list[np.ndarray], weights: list[bool], most_images: int, config: dict) -> list[float]:
@@ -290,10 +290,8 @@ class Checked:
         headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
         self.expected = list(zip(initial_model.state_dict(), arrays, headers))
         self.learned, self.norms = learned(initial_model), set(batch_norm_names(initial_model))
-        self.sent, self.config = (
-            initial,
-            {},
-        )  # the parameters from which a round's clients train, and what they are told
+        self.sent = initial  # the parameters from which the clients of the round train
+        self.config = {}  # what these are told
         self.odd = set()  # (cid, name) of the telemetry that was said to be odd
         self.reasons = {}
         self.failures = 0  # since the last finished round
