@@ -10,7 +10,9 @@ import shlex
 from pathlib import Path
 
 from libs import UserError, list_datasets, np, prepare_image, torch
-from plumbing.common.split import image_digest, read_table, split_id, table_digest
+from plumbing.common.split import count_eval, image_digest, read_table, split_id, table_digest
+
+BATCH_SIZES = {"fit": 32, "eval": 64}
 
 
 def describe_dataset(dataset: str, folder: Path) -> dict:
@@ -18,16 +20,17 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
 
     A dictionary: "channels" (int), "classes" ([str, …]); "id" of the cut, "num_clients", "image_size" ([height, width]
     of the files), "shards" (a digest a cid), "test" (a digest), "mean" and "std" (of all training images, a float in
-    0..1 a channel), "split" (a list a cid: how many of each class), each None where dataset.json does not say; and
-    "images", what nets.predict needs to prepare an image as these were. Without the file a name containing MNIST means
-    one channel, any other three, and the classes are the ten digits. Raises UserError when dataset.json is not what
-    partition.py writes.
+    0..1 a channel), "split" (a list a cid: how many of each class), "sizes" ({cid: (fit images, eval images)}), each
+    None where dataset.json does not say; and "images", what nets.predict needs to prepare an image as these were.
+    Without the file a name containing MNIST means one channel, any other three, and the classes are the ten digits.
+    Raises UserError when dataset.json is not what partition.py writes.
     """
     path = folder / "dataset.json"
     known = ("id", "num_clients", "image_size", "shards", "test", "mean", "std", "split", "fit", "levels")
-    info = dict.fromkeys(known)
+    info = dict.fromkeys((*known, "eval_fraction"))
     info.update({"channels": 1 if "MNIST" in dataset else 3, "classes": [str(digit) for digit in range(10)]})
-    names = [name for name in info if name not in ("fit", "levels")]
+    names = [name for name in info if name not in ("fit", "levels", "eval_fraction")]
+    sizes = None
     if path.exists():
         try:
             info.update(json.loads(path.read_text(encoding="utf-8")))
@@ -36,10 +39,13 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
             for name in ("mean", "std"):
                 values = info[name]
                 assert values is None or len(values) in (1, 3) and all(0 <= value <= 1 for value in values)
+            if info["id"] and info["split"] and info["eval_fraction"] is not None:
+                evals = [(sum(counts), count_eval(sum(counts), info["eval_fraction"])) for counts in info["split"]]
+                sizes = {cid: (total - num_eval, num_eval) for cid, (total, num_eval) in enumerate(evals)}
         except (ValueError, TypeError, AssertionError):
             raise UserError(f"{path} is damaged: run partition.py again") from None
     images = {"image_size": info["image_size"], "fit": info["fit"] or "squash", "levels": info["levels"]}
-    return {**{name: info[name] for name in names}, "images": images}
+    return {**{name: info[name] for name in names}, "sizes": sizes, "images": images}
 
 
 def describe_in_checkpoint(info: dict) -> dict:
@@ -167,7 +173,7 @@ def load_shard(folder: Path, cid: int, device, image_size=(32, 32)) -> tuple[dic
     info = describe_dataset(folder.name, folder)
     table = read_table(path, len(info["classes"]), ("fit", "eval"))
     loaders, digests = {}, {}
-    for phase, batch_size in (("fit", 32), ("eval", 64)):
+    for phase, batch_size in BATCH_SIZES.items():
         shard = ImageDataset(table[table["phase"] == phase], folder / "train", image_size).to(device)
         if shard.images.shape[1] != info["channels"]:
             raise UserError(f"images of {path} have {shard.images.shape[1]} channels, not {info['channels']}")

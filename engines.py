@@ -113,12 +113,12 @@ def client_fit_fn(
 ) -> dict[str, float]:
     """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
 
-    Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats: those of the last pass while it
-    trained, and those of the trained model. `proximal_mu` is FedProx's (Proximal), no part of the losses; `augment`
-    changes the fit images, and the fit figures with them (shift_and_mirror), but not the others. With a `seed` the
-    order of the images, and what is random in the net, is the same each time. Saves a checkpoint, which `about`
-    describes (state.save_checkpoint), to `save_ckp_path` if given; an error there is only printed.
-    `training_verbose` shows a progress bar per epoch, on a terminal.
+    Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats. fit_* are of the last pass over the fit
+    images, in training mode, each batch before the step on it; eval_* are of the trained model. `proximal_mu` is
+    FedProx's (Proximal), no part of the losses; `augment` changes the fit images, and the fit figures with them
+    (shift_and_mirror), but not the others. With a `seed` the order of the images, and what is random in the net, is the
+    same each time. Saves a checkpoint, which `about` describes (state.save_checkpoint), to `save_ckp_path` if given;
+    an error there is only printed. `training_verbose` shows a progress bar per epoch, on a terminal.
 
     Those of HYPER_PARAMETERS come from the server.
     """

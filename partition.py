@@ -52,7 +52,7 @@ from libs import (
     tqdm,
 )
 from plumbing.common.files import atomic_write, sync_folder
-from plumbing.common.split import image_digest, split_id, table_digest
+from plumbing.common.split import count_eval, image_digest, split_id, table_digest
 
 import cv2
 
@@ -737,7 +737,7 @@ def write_dataset(folder, args):
     (folder / "clients").mkdir()
     shard_digests = []
     for cid, ids in enumerate(shards):
-        num_eval = min(max(1, round(len(ids) * args.eval_fraction)), len(ids) - 1)
+        num_eval = count_eval(len(ids), args.eval_fraction)
         phases = ["fit"] * (len(ids) - num_eval) + ["eval"] * num_eval
         rows = [(str(row), str(labels["train"][row]), phase) for row, phase in zip(ids, phases)]
         write_table(folder / "clients" / f"client_{cid}.csv", ("id", "label", "phase"), rows)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from libs import ROOT, UserError, atomic_write, np, printable, say, tqdm
 from plumbing.common.files import sync_file, sync_folder
-from plumbing.common.state import read_saved, save_checkpoint, set_arrays
+from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays
 from plumbing.laptop.wandb_file import held_steps
 from plumbing.laptop.worker import Worker
 
@@ -39,7 +39,13 @@ TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
 COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")
 TIMES = ("fit_seconds", "eval_seconds", "wait_seconds")
-TELEMETRY = (*TIMES, "peak_memory_mb", "cpu_temp_c", "throttled", "load")
+TELEMETRY = {  # what a device tells of itself, and the range in which that can be true
+    **dict.fromkeys(TIMES, (0, 1e7)),
+    "peak_memory_mb": (0, 1e7),
+    "cpu_temp_c": (-100, 200),
+    "throttled": (0, 2**20 - 1),  # 20 bits
+    "load": (0, 1e5),
+}
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)
 COUNTS = ("round", "clients", "failures", "examples")  # columns of whole numbers
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
@@ -272,6 +278,15 @@ class Round:
     row: dict
     arrays: list
     clients: dict
+    is_sound: bool = False  # whether its test gave numbers
+
+
+class Diverged(Exception):
+    """The global model of a `round` has a `loss` on the test set that is no number."""
+
+    def __init__(self, current, loss):
+        super().__init__(f"the test_loss of round {current} is {loss}: its model is not kept")
+        self.round = current
 
 
 class Record:
@@ -288,7 +303,8 @@ class Record:
     on_row: called with each row of history.csv when it is saved.
     log: called as log(dictionary, step=round), such as the `log` of a wandb run.
 
-    What fails in the thread ends it; `check`, `add` and `close` raise it, and the rounds before stay saved.
+    What fails in the thread ends it; `check`, `add` and `close` raise it, and the rounds before stay saved. A round
+    whose test_loss is not finite is not saved, nor are those after it, until `go_back`.
     """
 
     def __init__(
@@ -318,6 +334,8 @@ class Record:
         self.best, self.best_path = best_of(source, last_round, self.about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
         self.begun = False  # whether this run has saved anything
+        self.sound = last_round, get_arrays(model)  # the newest that passed its test, or from which the run starts
+        self.diverged = None  # the first that did not
         self.best_model, self.mistakes = None, None  # once the worker has ended: best.ptl, and its count_answers
         self.draw_at = time.monotonic() + DRAW_EVERY
         self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
@@ -334,9 +352,28 @@ class Record:
         """Raise what went wrong in the worker, if anything did."""
         self.worker.check()
 
+    def check_tests(self) -> bool:
+        """Whether all rounds that were handed over are tested. Raises Diverged where one of them did not pass."""
+        all_tested = self.worker.is_idle()
+        if self.diverged is not None:
+            raise self.diverged
+        return all_tested
+
+    def go_back(self) -> tuple[int, list]:
+        """Forget all rounds from the one that diverged on: the round before it, and the arrays of its model."""
+        while not self.worker.is_idle():
+            self.check()
+            time.sleep(0.01)
+        self.diverged = None
+        return self.sound
+
     def close(self) -> None:
-        """End the worker: afterwards every round that was handed over is saved, logged and in the picture."""
+        """End the worker: afterwards every round that was handed over is saved, logged and in the picture.
+
+        Raises Diverged where one is not, for its test.
+        """
         self.worker.close()
+        self.check_tests()
 
     def models(self):
         """The files of this run's models, {"best": path, "latest": path}, as far as they are there."""
@@ -361,9 +398,15 @@ class Record:
         say(f"model: {self.path}; beside it {', '.join(beside)}")
 
     def _test(self, finished):
+        if self.diverged is not None:
+            return
         if self.test_loaders is not None:
             set_arrays(self.model, finished.arrays)
             finished.row.update(server_test_fn(self.test_loaders, self.model))
+            if not math.isfinite(finished.row["test_loss"]):
+                self.diverged = Diverged(finished.row["round"], finished.row["test_loss"])
+                return
+        self.sound, finished.is_sound = (finished.row["round"], finished.arrays), True
 
     def _save(self, tested):
         """Save tested rounds, in this order: clients.csv, history.csv, server.ptl, best.ptl, wandb; screen and picture.
@@ -372,6 +415,9 @@ class Record:
         goes on drops later rows of the tables and runs those rounds again; it takes best.ptl from server.ptl where
         that is better (best_of), and sends to wandb the rows that are missing there (start_wandb).
         """
+        tested = [finished for finished in tested if finished.is_sound]
+        if not tested:
+            return
         if not self.begun:
             self._begin()
         new = (self.clients, self.clients.rows_of(tested)), (self.history, [finished.row for finished in tested])

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import math
 import secrets
 import threading
 import time
@@ -42,6 +43,8 @@ READY_TIMEOUT = 120  # seconds for a client to read its shard anew, if it has to
 MALFORMED = (TypeError, ValueError)  # what Flower raises on an answer that is none
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
 POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
+SAY_AGAIN = 60  # seconds until a reason to turn clients away is said again
+REASONS = 50  # that are said in that time: strangers may cause any number
 LOST = "connection lost"  # the one reason of ClientFailure that says nothing of the run
 
 
@@ -165,8 +168,9 @@ def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Gene
 
     A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
     itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
-    channels, num_classes, dataset_id (None: any), net, fingerprint, trial. With a `secret` (bytes) it must
-    first prove that it knows it, and learns nothing before.
+    channels, num_classes, dataset_id (None: any), net, fingerprint, trial, and sizes (those of
+    data.describe_dataset; None: any). With a `secret` (bytes) it must first prove that it knows it, and learns nothing
+    before.
     """
     nonce, ready = secrets.token_hex(16), {}
     client = yield {"nonce": nonce, "version": VERSION}
@@ -228,6 +232,9 @@ def why_not_ready(ready, cid, task):
     for name in ("num_fit", "num_eval"):
         if type(ready.get(name)) is not int or ready[name] < 1:
             return f"its {name} is {shown.get(name)}, not a positive number of images"
+    told, due = (ready["num_fit"], ready["num_eval"]), (task.get("sizes") or {}).get(cid)
+    if due not in (None, told):
+        return f"it has {told[0]} fit + {told[1]} eval images, and by dataset.json its shard has {due[0]} + {due[1]}"
     return None
 
 
@@ -280,6 +287,30 @@ def describe(properties):
     return f": {board}, {properties['num_fit']} fit + {properties['num_eval']} eval images"
 
 
+class Seldom:
+    """Says a line for a reason once in SAY_AGAIN seconds, and those of REASONS reasons in that time."""
+
+    def __init__(self):
+        self.said = {}  # {reason: (when it was said, how often it was not said since)}, one of REASONS entries at most
+        self.lock = threading.Lock()
+
+    def say(self, reason: str, text: str) -> bool:
+        """Say `text` for `reason`, unless that has been said lately; whether it is said now."""
+        now = time.monotonic()
+        with self.lock:
+            when, unsaid = self.said.get(reason, (-math.inf, 0))
+            if now - when < SAY_AGAIN:
+                self.said[reason] = when, unsaid + 1
+                return False
+            if len(self.said) >= REASONS:
+                self.said = {one: (when, n) for one, (when, n) in self.said.items() if now - when < SAY_AGAIN}
+            if len(self.said) >= REASONS:
+                return False
+            self.said[reason] = now, 0
+        say(f"{text} ({unsaid} more for this reason since it was last said)" if unsaid else text)
+        return True
+
+
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it."""
 
@@ -299,6 +330,7 @@ class Registry(SimpleClientManager):
         self.connections = {}  # Flower's proxies of the open ones by their ids, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed, self.notice = False, {}  # no more clients, and what they are told
+        self.seldom = Seldom()
 
     def register(self, client):
         """Flower's: `client` is its proxy of a new connection."""
@@ -340,7 +372,7 @@ class Registry(SimpleClientManager):
             proxy.bridge.close()
         except TurnedAway as reason:
             if not self.closed:
-                say(f"turned away cid {reason.cid}: {reason}")
+                self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
             send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
         else:
             if admitted:
@@ -468,9 +500,9 @@ class Nodes(Registry):
                 if self._admit(Node(proxy, properties, turn)):
                     return
             except TurnedAway as reason:
-                if str(reason) != said and not self.closed:
-                    say(f"turned away cid {reason.cid}: {reason}")
-                said = str(reason)
+                text = str(reason)
+                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
+                    said = text
             time.sleep(ASK_AGAIN)
 
     def remove(self, client):

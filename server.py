@@ -59,7 +59,7 @@ from plumbing.common.state import batch_norm_names, count_parameters, float32_we
 from plumbing.common.wire import COMPRESS, Sender
 
 import flwr.server
-from flwr.common import Code
+from flwr.common import Code, ndarrays_to_parameters
 from flwr.server import ServerApp, ServerConfig, start_server
 from flwr.server.compat.app import start_grid
 
@@ -69,6 +69,7 @@ from nets import build_net, find_net, normalise_input
 from record import (
     MANY,
     Curves,
+    Diverged,
     Progress,
     Record,
     complete,
@@ -310,8 +311,11 @@ class Hopeless(Exception):
 def describe_failure(current, reasons):
     """Why the run ends with the round `current`, which fails for `reasons`, in one line."""
     shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
-    saved = f"rounds 1 to {current - 1} are saved" if current > 1 else "no round was finished, nothing is saved"
-    return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({saved})"
+    return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({describe_saved(current - 1)})"
+
+
+def describe_saved(last):
+    return f"rounds 1 to {last} are saved" if last else "no round was finished, nothing is saved"
 
 
 class Absences:
@@ -360,6 +364,7 @@ class Server(flwr.server.Server):
         self.absences = absences or Absences(())
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
         self.trained = False  # whether any round has succeeded
+        self.diverged = collections.Counter()  # how often each round has
         self.signum, self.stopped = None, None  # what asked the server to stop, and when
         self.error = None  # what else ended it early
 
@@ -385,9 +390,32 @@ class Server(flwr.server.Server):
         """Run the rounds up to `num_rounds`, with `timeout` seconds (or None) for each question to the clients."""
         if hasattr(on_signal, "writer"):  # we watch signals; Flower's start_server has just put its own handlers there
             mute_handlers()
-        started, delay, current = time.monotonic(), 1, self.first_round
-        failed = []  # for which lasting reasons the current round failed, a set a try
+        started, current = time.monotonic(), self.first_round
         self.parameters = self.strategy.initialize_parameters(self.registry)
+        while current is not None:
+            try:
+                current = self.run_from(current, num_rounds, timeout)
+            except Diverged as end:
+                current = self.go_back(end)
+        return flwr.server.History(), time.monotonic() - started
+
+    def go_back(self, end):
+        """Take the model back from which the round that diverged was trained: the number of that round.
+
+        Raises Hopeless where it has diverged too often.
+        """
+        last, arrays = self.strategy.go_back()
+        self.parameters = ndarrays_to_parameters(arrays)
+        self.diverged[end.round] += 1
+        if self.diverged[end.round] >= HOPELESS:
+            self.strategy.close()
+            raise Hopeless(f"{end}; so it was {HOPELESS} times ({describe_saved(last)})")
+        say(f"{end}; the round is run again")
+        return end.round
+
+    def run_from(self, current, num_rounds, timeout):
+        """Run the rounds from `current` on. Raises Diverged where the test of a model says so, sooner or later."""
+        delay, failed = 1, []  # for which lasting reasons the current round failed, a set a try
         while current <= num_rounds:
             self.absences.mark()
             self.registry.wait_for_round(self.min_clients, lambda current=current: self.check_waiting(current))
@@ -399,6 +427,7 @@ class Server(flwr.server.Server):
             if parameters is None:
                 failed.append(self.lasting_reasons(len(instructions)))
                 if len(failed) >= HOPELESS and set.intersection(*failed[-HOPELESS:]):
+                    self.wait_for_tests()
                     self.strategy.close()  # raises where what is said to be saved is not
                     raise Hopeless(describe_failure(current, sorted(set(self.strategy.reasons.values()))))
                 say(f"round {current}: nobody trained; it is run again in {delay} s")
@@ -413,15 +442,22 @@ class Server(flwr.server.Server):
             if self.reached_target(current):
                 self.strategy.close()
                 say(describe_target(self.target_accuracy, current))
-                break
+                return
             current += 1
-        return flwr.server.History(), time.monotonic() - started
+        self.wait_for_tests()
+
+    def wait_for_tests(self):
+        """Wait until all rounds are tested. Raises Diverged."""
+        while not self.strategy.record.check_tests():
+            self.check()
+            time.sleep(0.02)
 
     def reached_target(self, current):
         """Whether the run ends with the round `current`; waits for the record only where that depends on its tests."""
         rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
         while (reached := has_reached(self.target_accuracy, rows, current, self.first_that_counts)) is None:
             self.check()
+            self.strategy.record.check_tests()
             time.sleep(0.02)
         return reached
 
@@ -746,6 +782,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         "dataset_id": info["id"],
         "channels": info["channels"],
         "num_classes": len(info["classes"]),
+        "sizes": info["sizes"],
         "net": args.net,
         "fingerprint": fingerprint(model),
         "trial": outputs,
@@ -813,7 +850,7 @@ def end_rounds(server, code):
 def fail(error):
     """Say why the server ends: in a line where the run or a disk is at fault, else with the traceback. Returns the exit
     code, 2 for a UserError and else 1."""
-    if isinstance(error, (Hopeless, UserError)):
+    if isinstance(error, (Hopeless, Diverged, UserError)):
         say(f"server.py: {error}", sys.stderr)
     elif isinstance(error, OSError):
         say(f"server.py: cannot go on: {error}", sys.stderr)

@@ -12,18 +12,21 @@ import hashlib
 import io
 import math
 import secrets
+import statistics
 import time
 from collections.abc import Mapping
 
-from libs import np, printable
-from plumbing.common.state import get_arrays
+from libs import np, printable, say
+from plumbing.common.state import batch_norm_names, float32_weights, get_arrays
 
 from flwr.common import EvaluateRes, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
+from data import BATCH_SIZES
 from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record, cid_order
 
 INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded
+FAR = 100  # times as much as others did is far outside
 RECORD_OPTIONS = ("last_round", "test_loaders", "about", "on_row", "log")
 
 
@@ -81,10 +84,11 @@ class Rejected(Exception):
 
 
 def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
-    """The finite numbers under `names`, as floats. Raises Rejected where one is missing, or an error stands there.
+    """The numbers under `names`, as floats. Raises Rejected where an accuracy is not in 0..1, a loss is negative or not
+    finite, one is missing, or an error stands there.
 
-    Of the names in TELEMETRY it takes those that are there. Whatever else a device sends is left out: nothing is known
-    of it.
+    Of the names in TELEMETRY it takes those that are there and can be true (odd_telemetry). Whatever else a device
+    sends is left out: nothing is known of it.
     """
     if not isinstance(metrics, Mapping):
         raise Rejected(f"its metrics are {printable(metrics)}, not a dictionary")
@@ -93,13 +97,30 @@ def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
     for name in names:
         if not is_number(metrics.get(name)):
             raise Rejected(f"metric {name} is {printable(metrics.get(name))}, not a finite number")
-    told = [name for name in TELEMETRY if is_number(metrics.get(name))]
+        if metrics[name] < 0 or (name.endswith("accuracy") and metrics[name] > 1):
+            most = "1" if name.endswith("accuracy") else "inf"
+            raise Rejected(f"metric {name} is {printable(metrics[name])}, not in 0..{most}")
+    odd = odd_telemetry(metrics)
+    told = [name for name in TELEMETRY if name in metrics and name not in odd]
     return {name: float(metrics[name]) for name in (*names, *told)}
 
 
-def check_examples(num_examples):
+def odd_telemetry(metrics: dict) -> dict:
+    """Those of the names in TELEMETRY under which `metrics` has no number that can be true, with what is there."""
+    told = {name: metrics[name] for name in TELEMETRY if name in metrics}
+    return {
+        name: value
+        for name, value in told.items()
+        if not is_number(value) or not TELEMETRY[name][0] <= value <= TELEMETRY[name][1]
+    }
+
+
+def check_examples(num_examples, told):
+    """Raise Rejected unless this is a positive integer, and as many as the client `told` when it joined, if known."""
     if isinstance(num_examples, bool) or not isinstance(num_examples, int) or not 1 <= num_examples < 2**63:
         raise Rejected(f"number of examples is {printable(num_examples)}, not a positive integer")
+    if told not in (None, num_examples):
+        raise Rejected(f"number of examples is {num_examples}, and it joined with {told}")
 
 
 def check_arrays(tensors: list[bytes], expected) -> list[np.ndarray]:
@@ -129,19 +150,70 @@ def check_arrays(tensors: list[bytes], expected) -> list[np.ndarray]:
     return arrays
 
 
-def check_fit(res: FitRes, expected) -> FitRes:
-    """The FitRes `res` with its arrays read and its known metrics alone. Raises Rejected."""
+def size_of(client, name):
+    """What a client said when it joined under `name`, num_fit or num_eval; None under a server that does not ask."""
+    return (getattr(client, "properties", None) or {}).get(name)
+
+
+def check_fit(client, res: FitRes, expected) -> FitRes:
+    """The FitRes `res` of `client` with its arrays read and its known metrics alone. Raises Rejected."""
     metrics = check_metrics(res.metrics, FIT_METRICS)
-    check_examples(res.num_examples)
+    check_examples(res.num_examples, size_of(client, "num_fit"))
     return dataclasses.replace(res, parameters=Arrays(check_arrays(res.parameters.tensors, expected)), metrics=metrics)
 
 
-def check_evaluate(res: EvaluateRes) -> EvaluateRes:
-    """The EvaluateRes `res` with its known metrics alone. Raises Rejected."""
+def check_evaluate(client, res: EvaluateRes) -> EvaluateRes:
+    """The EvaluateRes `res` of `client` with its known metrics alone. Raises Rejected."""
     metrics = check_metrics(res.metrics, EVALUATE_METRICS)
     check_metrics({"loss": res.loss}, ("loss",))
-    check_examples(res.num_examples)
+    check_examples(res.num_examples, size_of(client, "num_eval"))
     return dataclasses.replace(res, metrics=metrics)
+
+
+def largest(array):
+    """The largest absolute value in an array, as a float; 0.0 where it is empty."""
+    return float(np.abs(array.astype(np.float64, copy=False)).max(initial=0))
+
+
+def reaches(sent: list[np.ndarray], weights: list[bool], most_images: int, config: dict) -> list[float]:
+    """How much an honest client can change a value of each array in a round.
+
+    `sent` is the model that all train from, `weights` says which of its arrays are trained, `most_images` is the size
+    of the largest shard, `config` what the clients were told.
+
+    A step of Adam moves a weight by less than 10 times the learning rate, whatever the images are: with its betas,
+    |mean| / sqrt(square) is at most 7.3 (by Cauchy and Schwarz). A hundredth of the largest weight is more than
+    --compress rounds. Other floats belong to batch norm: means grow with the weights and variances with their squares,
+    and 1000 times that is let pass. Integers count batches. Where no learning rate is told, a weight may move by 1000.
+    """
+    reach, batches = 1000.0, math.inf
+    if "lr" in config:
+        steps = config.get("num_epochs", 1) * math.ceil(most_images / BATCH_SIZES["fit"])
+        most_weight = max((largest(array) for array, weight in zip(sent, weights) if weight), default=0.0)
+        reach, batches = 10 * config["lr"] * steps + most_weight / 100, 1000.0 * steps
+    floats = [array.dtype.kind == "f" for array in sent]
+    norms = [largest(array) for array, weight, is_float in zip(sent, weights, floats) if is_float and not weight]
+    norm = 1000 * max([1.0, *norms]) * max(1, reach) * max(1, reach)  # ** 2 would raise OverflowError
+    return [reach if weight else norm if is_float else batches for weight, is_float in zip(weights, floats)]
+
+
+def find_outliers(changes: list[list[float]], reaches: list[float]) -> dict[int, tuple[int, float, float]]:
+    """Which clients changed an array by more than its reach, and by more than FAR times what half of the others did.
+
+    `changes` has a list a client: how much it changed a value of each array at most. Returns {index of the client:
+    (index of the array, its change, the most that is let pass)}. Of an even number of others the lower middle counts:
+    of three clients, one liar does not cover another.
+    """
+    found = {}
+    for index, own in enumerate(changes):
+        for place, (change, bound) in enumerate(zip(own, reaches)):
+            others = [changed[place] for changed in changes[:index] + changes[index + 1 :]] if change > bound else []
+            if others:
+                bound = max(bound, FAR * statistics.median_low(others))
+            if change > bound:
+                found[index] = place, change, bound
+                break
+    return found
 
 
 def add_figures(figures, metrics):
@@ -193,7 +265,8 @@ class Checked:
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
     last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
-    `check` does.
+    `check` does. aggregate_fit and `close` raise record.Diverged where a round's test_loss is not finite; `go_back`
+    then has the model to go on from.
     """
 
     least = 1  # results that the strategy needs
@@ -216,6 +289,10 @@ class Checked:
         self.save_ckp_path = self.record.path
         headers = [data[: len(data) - array.nbytes] for data, array in zip(initial.tensors, arrays)]
         self.expected = list(zip(initial_model.state_dict(), arrays, headers))
+        self.learned, self.norms = float32_weights(initial_model), set(batch_norm_names(initial_model))
+        self.sent = initial  # the parameters from which the clients of the round train
+        self.config = {}  # what these are told
+        self.odd = set()  # (cid, name) of the telemetry that was said to be odd
         self.reasons = {}
         self.failures = 0  # since the last finished round
         self.started = None  # when the round under way was
@@ -225,6 +302,14 @@ class Checked:
     def check(self):
         """Raise what went wrong with the record, if anything did."""
         self.record.check()
+
+    def go_back(self):
+        """Forget the rounds from the one that diverged on: the number of the round before, and the arrays of its model.
+
+        Record.check_tests says that there is one.
+        """
+        self.row = None
+        return self.record.go_back()
 
     def close(self):
         """Hand over the round that is under way, if somebody trained in it, and wait for the record."""
@@ -237,6 +322,7 @@ class Checked:
     def configure_fit(self, server_round, parameters, client_manager):
         self.started = time.monotonic()
         instructions = super().configure_fit(server_round, parameters, client_manager)
+        self.sent, self.config = parameters, instructions[0][1].config if instructions else {}
         self.tries[server_round] += 1
 
         def lot(instruction):
@@ -248,10 +334,12 @@ class Checked:
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate what passes the checks: (Parameters, metrics), or (None, {}) where too little does."""
         self.check()
+        self.record.check_tests()  # or the results are of a model that is not kept
         self._finish_row()
         self.reasons = {}
         self._count(server_round, failures)
-        kept = self._keep(server_round, results, lambda res: check_fit(res, self.expected))
+        kept = self._keep(server_round, results, lambda client, res: check_fit(client, res, self.expected))
+        kept = self._without_outliers(server_round, kept)
         if len(kept) < self.least:
             failed = dict(self.reasons)  # to which those that are dropped now do not belong: they are good
             for client, _ in kept:
@@ -264,6 +352,7 @@ class Checked:
             return None, {}
         if not isinstance(parameters, Arrays):
             parameters = Arrays.of_flower(parameters, [res.parameters for _, res in kept])
+        metrics = {**metrics, **self._eval_figures(kept)}
         self.arrays = parameters.arrays
         self.row = {"round": server_round, "clients": len(kept)}
         self.row.update({name: metrics[name] for name in FIT_METRICS if name in metrics})
@@ -287,10 +376,40 @@ class Checked:
         kept = []
         for client, res in sorted(results, key=by_cid):
             try:
-                kept.append((client, check(res)))
+                kept.append((client, check(client, res)))
             except Rejected as reason:
                 self._drop(server_round, client.cid, reason)
+                continue
+            for name, value in odd_telemetry(res.metrics).items():
+                if (client.cid, name) not in self.odd:
+                    self.odd.add((client.cid, name))
+                    low, high = TELEMETRY[name]
+                    say(f"cid {client.cid}: its {name} is left out: {printable(value)} is not in {low:g}..{high:g}")
         return kept
+
+    def _without_outliers(self, server_round, kept):
+        """The results without those of which a value is far outside what this round can do; these are dropped."""
+        own = self.norms if self.config.get("fedbn") else ()  # stays on the device, and may be far from the mean
+        names = [name for name, _, _ in self.expected]
+        weights = [learned and name not in own for name, learned in zip(names, self.learned)]
+        sent = parameters_to_ndarrays(self.sent)
+        most = reaches(sent, weights, max((res.num_examples for _, res in kept), default=1), self.config)
+        pairs = [zip(res.parameters.arrays, sent) for _, res in kept]
+        changes = [[largest(np.subtract(now, before, dtype=np.float64)) for now, before in pair] for pair in pairs]
+        outliers = find_outliers(changes, most)
+        for index, (place, change, bound) in outliers.items():
+            reason = f"array {names[place]} has changed by {change:.2g}, far outside the {bound:.2g} of this round"
+            self._drop(server_round, kept[index][0].cid, reason)
+        return [result for index, result in enumerate(kept) if index not in outliers]
+
+    def _eval_figures(self, kept):
+        """The means of eval_*, weighted by the images that they were measured on, where these are known."""
+        sizes = [size_of(client, "num_eval") for client, _ in kept]
+        if None in sizes:
+            return {}
+        names = [name for name in FIT_METRICS if name.startswith("eval_")]
+        figures = [{name: res.metrics[name] for name in names} for _, res in kept]
+        return self.fit_metrics_aggregation_fn(list(zip(sizes, figures)))
 
     def _count(self, server_round, failures):
         for failure in failures:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 
 from libs import VERSION
 from plumbing.common import compare
@@ -19,6 +20,7 @@ TASK = {
     "dataset_id": "a1",
     "channels": 3,
     "num_classes": 10,
+    "sizes": {1: (8, 2)},
     "net": "LeNet5",
     "fingerprint": "f1",
     "trial": np.array([[7, 1, -2, 3], [np.nan, 1, -2, 3]], np.float32),
@@ -87,6 +89,8 @@ def test_server_without_an_id_takes_any_cut():
         ({"num_fit": 0}, "its num_fit is 0"),
         ({"num_eval": 2.0}, "its num_eval is 2.0"),
         ({"num_fit": None}, "its num_fit is None"),
+        ({"num_fit": 9}, r"it has 9 fit \+ 2 eval images, and by dataset.json its shard has 8 \+ 2"),
+        ({"num_eval": 1}, r"it has 8 fit \+ 1 eval images"),
     ],
 )
 def test_client_that_does_not_fit_is_turned_away(change, reason):
@@ -109,6 +113,24 @@ def test_client_of_another_version_is_judged_alike_and_told_both_versions(who, v
         assert decide(who, READY)[0] == {**who, **READY}
     with pytest.raises(registry.TurnedAway, match=rf" \(it runs FL-IoT {version}, the server {VERSION}: update"):
         decide(who, {**READY, "trial": b""})
+
+
+def test_lines_that_strangers_cause_are_said_once_a_minute_for_each_reason(monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(registry, "say", said.append)
+    seldom = registry.Seldom()
+    for second in range(150):
+        clock[0] = float(second)
+        seldom.say("a", f"a at {second}")
+        seldom.say("b", f"b at {second}") if second in (0, 100) else None
+    more = "(59 more for this reason since it was last said)"
+    assert said == ["a at 0", "b at 0", f"a at 60 {more}", "b at 100", f"a at 120 {more}"]
+    for number in range(10_000):
+        seldom.say(f"a reason of its own: {number}", "")
+    assert len(seldom.said) == registry.REASONS and len(said) < 60
+    clock[0] += 60
+    assert seldom.say("a new one", "said")
 
 
 @pytest.mark.parametrize("layer", ["ReLU", "MaxPool2d", "BatchNorm2d"])

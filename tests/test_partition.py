@@ -68,6 +68,15 @@ def test_eval_fraction_of_each_shard_is_for_evaluation(make, shapes_zip, fractio
         assert abs(count - fraction * len(table)) <= 0.5 or count in (1, len(table) - 1)
 
 
+def test_the_server_knows_how_many_images_each_shard_has(make, shapes_zip):
+    from data import describe_dataset
+
+    folder = make("Sizes", "--source", shapes_zip, "--num_clients", 7, "--sizes", "lognormal", "--eval_fraction", 0.3)
+    counts = [table["phase"].value_counts() for table in shards(folder)]
+    expected = {cid: (count["fit"], count["eval"]) for cid, count in enumerate(counts)}
+    assert describe_dataset("Sizes", folder)["sizes"] == expected
+
+
 def test_same_seed_gives_the_same_bytes_in_another_process(make, shapes_zip, three_shards):
     assert tree(make("Tiny", "--source", shapes_zip, "--num_clients", 3)) == tree(three_shards / "Tiny")
 

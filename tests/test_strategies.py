@@ -4,6 +4,7 @@ import math
 import threading
 import time
 
+from plumbing.common.fast import Adam
 from plumbing.common.state import get_arrays, set_arrays
 
 import numpy as np
@@ -15,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import record
 from data import BatchLoader
 from engines import client_fit_fn, server_test_fn
 from nets import LeNet5
-from strategies import FIT_METRICS, STRATEGIES, FedAvg, FedMedian, FedTrimmedAvg, Krum, metrics_aggregation_fn
+from strategies import FIT_METRICS, STRATEGIES, FedAvg, FedMedian, FedTrimmedAvg, Krum, metrics_aggregation_fn, reaches
 
 OK = Status(Code.OK, "")
 METRICS = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3}
@@ -26,18 +28,20 @@ GLOBAL_METRICS = {"global_eval_loss": 1.0, "global_eval_accuracy": 0.5}
 
 
 class Proxy:
-    """Stands for a connected client, of which the strategy knows only the cid."""
+    """Stands for a connected client, of which the strategy knows the cid and what it said when it joined, if asked."""
 
-    def __init__(self, cid):
+    def __init__(self, cid, **properties):
         self.cid = str(cid)
+        if properties:
+            self.properties = properties
 
 
-def fit_result(cid, arrays, num_examples=10, metrics=METRICS):
-    return Proxy(cid), FitRes(OK, ndarrays_to_parameters(arrays), num_examples, metrics)
+def fit_result(cid, arrays, num_examples=10, metrics=METRICS, **properties):
+    return Proxy(cid, **properties), FitRes(OK, ndarrays_to_parameters(arrays), num_examples, metrics)
 
 
-def evaluate_result(cid, num_examples=10, metrics=GLOBAL_METRICS):
-    return Proxy(cid), EvaluateRes(OK, 1.0, num_examples, metrics)
+def evaluate_result(cid, num_examples=10, metrics=GLOBAL_METRICS, **properties):
+    return Proxy(cid, **properties), EvaluateRes(OK, 1.0, num_examples, metrics)
 
 
 @pytest.fixture
@@ -149,6 +153,69 @@ def test_numbers_of_examples_that_make_no_weight_are_dropped(fedavg, drops, num_
     assert "number of examples" in str(drops[0][2])
 
 
+def test_a_device_has_the_numbers_of_images_that_it_joined_with(fedavg, drops):
+    arrays, said = arrays_like(fedavg.model, 1.0), {"num_fit": 32, "num_eval": 8}
+    results = [fit_result(0, arrays, 32, **said), fit_result(1, arrays_like(fedavg.model, 0.0), 2**62, **said)]
+    parameters, _ = fedavg.aggregate_fit(1, results, [])
+    assert (parameters_to_ndarrays(parameters)[0] == 1.0).all()
+    results = [evaluate_result(0, 8, **said), evaluate_result(1, 32, {**GLOBAL_METRICS, "global_eval_loss": 9}, **said)]
+    assert fedavg.aggregate_evaluate(1, results, []) == (1.0, GLOBAL_METRICS)
+    assert [str(why) for _, _, why in drops] == [
+        "number of examples is 4611686018427387904, and it joined with 32",
+        "number of examples is 32, and it joined with 8",
+    ]
+
+
+def test_each_figure_is_weighted_by_the_images_that_it_was_measured_on(fedavg, tmp_path):
+    """Of 10 + 30 fit images 5 + 27 were right, of 8 + 2 eval images 2 + 2."""
+    metrics = [
+        {"fit_loss": 1.0, "fit_accuracy": 5 / 10, "eval_loss": 4.0, "eval_accuracy": 2 / 8},
+        {"fit_loss": 2.0, "fit_accuracy": 27 / 30, "eval_loss": 1.0, "eval_accuracy": 2 / 2},
+    ]
+    sizes, arrays = [(10, 8), (30, 2)], arrays_like(fedavg.model, 1.0)
+    results = [fit_result(c, arrays, n, metrics[c], num_fit=n, num_eval=k) for c, (n, k) in enumerate(sizes)]
+    _, means = fedavg.aggregate_fit(1, results, [])
+    expected = {"fit_loss": 1.75, "fit_accuracy": 32 / 40, "eval_loss": 3.4, "eval_accuracy": 4 / 10}
+    assert means == pytest.approx(expected)
+    fedavg.close()
+    row = pd.read_csv(tmp_path / "history.csv").iloc[0]
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [-1e-9, -1e300, 1.001, 7.5])
+def test_accuracies_lie_in_0_to_1_and_losses_are_not_negative(fedavg, drops, value):
+    expected = []
+    for name in (*FIT_METRICS, *GLOBAL_METRICS):
+        if name in FIT_METRICS:
+            metrics = {**METRICS, name: value}
+            fedavg.aggregate_fit(1, [fit_result(0, arrays_like(fedavg.model, 1.0), metrics=metrics)], [])
+        else:
+            fedavg.aggregate_evaluate(1, [evaluate_result(0, metrics={**GLOBAL_METRICS, name: value})], [])
+        if name.endswith("accuracy") or value < 0:
+            most = "inf" if name.endswith("loss") else "1"
+            expected.append(f"metric {name} is {value}, not in 0..{most}")
+    assert [str(why) for _, _, why in drops] == expected
+
+
+def test_telemetry_that_cannot_be_true_is_left_out_with_its_name_once(fedavg, drops, capsys):
+    logged = []
+    fedavg.record.log = lambda figures, step: logged.append(figures)
+    good = {"fit_seconds": 2.5, "wait_seconds": 0, "throttled": 0x50005, "load": 1.5, "peak_memory_mb": 300.0}
+    odd = {"fit_seconds": -1, "wait_seconds": 1e300, "cpu_temp_c": 1e6, "throttled": 2**40, "load": math.nan}
+    for current in (1, 2):
+        arrays = arrays_like(fedavg.model, 1.0)
+        results = [fit_result(cid, arrays, metrics={**METRICS, **told}) for cid, told in ((0, good), (1, odd))]
+        fedavg.aggregate_fit(current, results, [])
+    fedavg.close()
+    assert drops == []
+    for figures in logged:
+        told = {name: figures[f"clients/0/{name}"] for name in good}
+        assert told == good and not any(f"clients/1/{name}" in figures for name in odd)
+    out = capsys.readouterr().out
+    assert all(out.count(f"cid 1: its {name} is left out") == 1 for name in odd)
+    assert "cid 1: its cpu_temp_c is left out: 1000000.0 is not in -100..200" in out and "cid 0" not in out
+
+
 @pytest.mark.parametrize("name", FIT_METRICS)
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "0.5", True, b"1"])
 def test_metrics_that_are_missing_or_no_numbers_are_dropped(fedavg, drops, name, value):
@@ -215,7 +282,9 @@ any_metrics = st.fixed_dictionaries(
 )
 any_result = st.tuples(any_tensors(), st.one_of(st.integers(-1, 2**63 - 1), anything), any_metrics)
 good_metrics = st.builds(
-    lambda extra, good: {**extra, **good}, extras, st.fixed_dictionaries({n: st.floats(0, 1e308) for n in FIT_METRICS})
+    lambda extra, good: {**extra, **good},
+    extras,
+    st.fixed_dictionaries({n: st.floats(0, 1 if n.endswith("accuracy") else 1e308) for n in FIT_METRICS}),
 )
 likely_result = st.tuples(any_tensors(), st.integers(1, 2**63 - 1), good_metrics)
 
@@ -459,10 +528,140 @@ def test_one_of_five_devices_that_sends_nonsense(tmp_path_factory, five_devices,
         for liar in (False, True)
     ]
     assert accuracies[0] > 0.9
-    if name == "FedAvg":
-        assert accuracies[1] < 0.3  # the README says so
-    else:
-        assert accuracies[1] > accuracies[0] - 0.02
+    assert accuracies[1] > accuracies[0] - 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results that are far outside.
+
+
+class Manager:
+    """Clients by cid, as Flower's strategies ask for them."""
+
+    def __init__(self, num_clients):
+        self.clients = [Proxy(cid) for cid in range(num_clients)]
+
+    def num_available(self):
+        return len(self.clients)
+
+    def sample(self, num_clients, min_num_clients=None, criterion=None):
+        return self.clients
+
+
+class Devices:
+    """Devices with these shards, which train for a strategy as client.py does."""
+
+    def __init__(self, folder, shards, **config):
+        self.drops, self.shards, self.model = [], shards, LeNet5(3, 10)
+        self.strategy = FedAvg(
+            LeNet5(3, 10),
+            folder / "server.ptl",
+            on_drop=lambda *drop: self.drops.append(drop),
+            on_fit_config_fn=lambda current: config,
+            min_available_clients=1,
+        )
+        self.strategy.close()  # these tests need no record
+        self.strategy.record.add = lambda *finished: None
+        self.parameters = self.strategy.initialize_parameters(None)
+
+    def train(self, current):
+        """The arrays that each device sends in the round `current`."""
+        sent, instructions = [], self.strategy.configure_fit(current, self.parameters, Manager(len(self.shards)))
+        for (_, ins), shard in zip(instructions, self.shards, strict=True):
+            set_arrays(self.model, parameters_to_ndarrays(ins.parameters))
+            client_fit_fn(shard, self.model, training_verbose=False, **ins.config)
+            sent.append(get_arrays(self.model))
+        return sent
+
+    def aggregate(self, current, sent):
+        sizes = [len(shard["fit"].dataset) for shard in self.shards]
+        results = [fit_result(cid, arrays, sizes[cid]) for cid, arrays in enumerate(sent)]
+        self.parameters = self.strategy.aggregate_fit(current, results, [])[0] or self.parameters
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """Shards by name: usual ones, one of two images, one of one class, and a black one with one label."""
+    rng = np.random.default_rng(0)
+
+    def loaders(num_images, classes=10, level=255):
+        labels = torch.from_numpy(rng.integers(0, classes, num_images))
+        images = torch.from_numpy(rng.integers(0, level, (num_images, 3, 32, 32), np.uint8)) // 2
+        images += 12 * labels.view(-1, 1, 1, 1).to(torch.uint8)
+        few = BatchLoader(Images(images[:2], labels[:2]), 64)
+        return {"fit": BatchLoader(Images(images, labels), 32, shuffle=True), "eval": few}
+
+    kinds = {"usual": (128,), "other": (96,), "tiny": (2,), "one class": (64, 1), "black": (64, 1, 1)}
+    return {name: loaders(*kind) for name, kind in kinds.items()}
+
+
+FEDPROX = {"lr": 0.1, "num_epochs": 3, "proximal_mu": 10.0}
+
+
+@pytest.mark.parametrize("config", [{"lr": 1e-5}, {"lr": 1e-3}, {"lr": 0.1}, FEDPROX], ids=str)
+def test_no_honest_result_is_far_outside(tmp_path, shards, config):
+    torch.manual_seed(0)
+    for names in (["usual"], ["tiny", "usual"], ["tiny", "black", "usual"], ["one class", "black"], ["tiny", "tiny"]):
+        devices = Devices(tmp_path, [shards[name] for name in names], **config)
+        for current in (1, 2):
+            devices.aggregate(current, devices.train(current))
+        assert devices.drops == [], names
+
+
+def test_no_step_of_adam_is_longer_than_is_let_pass():
+    """The longest is where late gradients are each 0.999 / 0.9 of the one before: 7.3 learning rates, by a proof."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer, longest = Adam([parameter], lr=0.1), 0.0
+    for step in range(-3000, 150):
+        before = parameter.item()
+        parameter.grad = torch.full((1,), 1e-7 * (0.999 / 0.9) ** step if step >= 0 else 0.0)
+        optimizer.step()
+        longest = max(longest, abs(parameter.item() - before) / 0.1)
+    assert 6 < longest < 7.3
+    assert reaches([np.zeros(1, np.float32)], [True], 33, {"lr": 0.1, "num_epochs": 3})[0] == pytest.approx(
+        10 * 0.1 * 6
+    )
+
+
+def flip(arrays, name, bit):
+    """The arrays with one bit of the exponent of one value flipped, 0 its lowest."""
+    index = list(LeNet5(3, 10).state_dict()).index(name)
+    arrays[index] = arrays[index].copy()
+    arrays[index].reshape(-1).view(np.uint32)[:1] ^= np.uint32(1 << (23 + bit))
+    return arrays
+
+
+LIES = {
+    "3e38": lambda arrays: [np.full_like(a, 3e38) if a.dtype.kind == "f" else a for a in arrays],
+    "bit of a weight": lambda arrays: flip(arrays, "layer1.0.weight", 7),
+    "bit of a bias": lambda arrays: flip(arrays, "classifier.bias", 7),
+    "bit of a variance": lambda arrays: flip(arrays, "layer2.1.running_var", 7),
+    "bit of a mean": lambda arrays: flip(arrays, "layer1.1.running_mean", 7),
+    "count": lambda arrays: [a if a.dtype.kind == "f" else np.full_like(a, 2**63 - 1) for a in arrays],
+    "a million": lambda arrays: [(a * 1e6).astype(a.dtype) for a in arrays],
+}
+
+
+@pytest.mark.parametrize("num_clients, liars", [(1, [0]), (2, [1]), (3, [0, 2]), (4, [2])])
+def test_a_result_that_is_far_outside_is_dropped_and_the_others_are_not(tmp_path, shards, num_clients, liars):
+    torch.manual_seed(0)
+    devices = Devices(tmp_path, [shards["usual"], shards["other"], shards["tiny"], shards["one class"]], lr=1e-3)
+    del devices.shards[num_clients:]
+    devices.aggregate(1, devices.train(1))
+    sent = devices.train(2)
+    for name, lie in LIES.items():
+        devices.drops.clear()
+        devices.aggregate(2, [lie(list(arrays)) if cid in liars else arrays for cid, arrays in enumerate(sent)])
+        assert [int(cid) for _, cid, _ in devices.drops] == liars, name
+        assert all("far outside" in str(why) for _, _, why in devices.drops)
+
+
+def test_where_all_move_far_none_is_far_outside(fedavg, drops):
+    """As with another optimizer than ours."""
+    fedavg.config = {"lr": 1e-3}
+    far = [fit_result(cid, arrays_like(fedavg.model, value)) for cid, value in ((0, 500.0), (1, 900.0), (2, 9e5))]
+    parameters, _ = fedavg.aggregate_fit(1, far, [])
+    assert (parameters_to_ndarrays(parameters)[0] == 700.0).all() and [cid for _, cid, _ in drops] == ["2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,3 +772,68 @@ def test_it_runs_under_flowers_own_server_too(tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(checkpoint["model"][name], tensor + 2)
     assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1, 2]
+
+
+def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_again(tmp_path, capsys, monkeypatch):
+    """Each round's devices make of the model n the model n + 1; some of their tests fail."""
+    from flwr.server import SimpleClientManager
+    from flwr.server.client_proxy import ClientProxy
+
+    from server import Hopeless, Server
+
+    started = []
+    monkeypatch.setattr(record.Record, "_draw", lambda self: None)  # half of the time
+    monkeypatch.setattr(record.Record, "_draw_confusion", lambda self, path: None)
+
+    class Trainer(ClientProxy):
+        def fit(self, ins, timeout, group_id):
+            arrays = parameters_to_ndarrays(ins.parameters)
+            started.append(int(arrays[6]))  # layer1.1.num_batches_tracked
+            return fit_result(self.cid, [array + 1 for array in arrays])[1]
+
+        def evaluate(self, ins, timeout, group_id):
+            return evaluate_result(self.cid)[1]
+
+        get_properties = get_parameters = reconnect = None
+
+    class Clients(SimpleClientManager):
+        def wait_for_round(self, min_clients, check):
+            check()
+
+    class Loader:
+        def __init__(self, bad):
+            self.bad, self.count = bad, 0
+
+        def __iter__(self):
+            self.count += 1
+            time.sleep(0.1)  # the next rounds have begun by then
+            yield torch.full((2, 1, 32, 32), math.nan if self.count in self.bad else 0.5), torch.tensor([0, 1])
+
+        def __len__(self):
+            return 1
+
+    def run(name, bad, **options):
+        started.clear()
+        manager, rows = Clients(), []
+        manager.register(Trainer("0"))
+        path = tmp_path / name / "server.ptl"
+        enough = dict.fromkeys(("min_fit_clients", "min_evaluate_clients", "min_available_clients"), 1)
+        strategy = FedAvg(LeNet5(1, 2), path, test_loaders={"test": Loader(bad)}, on_row=rows.append, **enough)
+        try:
+            Server(manager, strategy, **options).fit(5, None)
+        finally:
+            strategy.close()
+        return [row["round"] for row in rows], torch.load(path, weights_only=True)
+
+    rounds, checkpoint = run("some", [3, 6])  # the third test, of round 3, and the sixth, of round 5: the last
+    assert rounds == [1, 2, 3, 4, 5] == list(pd.read_csv(tmp_path / "some/history.csv")["round"])
+    assert checkpoint["round"] == 5 and checkpoint["model"]["layer1.1.num_batches_tracked"] == 5
+    assert started[:3] == [0, 1, 2] and started[-2:] == [4, 4] and started.count(2) == 2
+    out = capsys.readouterr().out
+    for current in (3, 5):
+        line = f"the test_loss of round {current} is nan: its model is not kept; the round is run again\n"
+        assert out.count(line) == 1
+    assert run("target", [2, 4], target=(0.0, 1))[0] == [1, 2, 3]
+    with pytest.raises(Hopeless, match="round 3 is nan.* 5 times .*rounds 1 to 2 are saved"):
+        run("always", range(3, 100))
+    assert torch.load(tmp_path / "always/server.ptl", weights_only=True)["round"] == 2

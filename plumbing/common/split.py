@@ -92,6 +92,11 @@ def table_digest(rows, image_digests) -> str:
     return digest.hexdigest()
 
 
+def count_eval(num_images: int, eval_fraction: float) -> int:
+    """Return how many images of a shard of `num_images` (2 or more) are for evaluation; the others are to train on."""
+    return min(max(1, round(num_images * eval_fraction)), num_images - 1)
+
+
 def split_id(info: dict) -> str:
     """The id of a cut, 32 hex digits over what dataset.json says of it: two cuts share it when they are the same."""
     what = [info[name] for name in ("classes", "channels", "image_size", "shards", "test")]

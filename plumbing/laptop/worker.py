@@ -40,6 +40,10 @@ class Worker:
             raise RuntimeError(f"{self.thread.name} is closed")
         self._put(item)
 
+    def is_idle(self) -> bool:
+        """Return whether `on_item` has been called with all items."""
+        return self.items.unfinished_tasks == 0
+
     def close(self) -> None:
         """End the thread once all items are handled, or raise the error that ended it. May be called again.
 
@@ -73,6 +77,7 @@ class Worker:
                     ended = True
                 elif item is not None:
                     self.on_item(item)
+                    self.items.task_done()
                     waiting.append(item)
                 if waiting and (ended or time.monotonic() >= due):
                     self.on_batch(waiting)
