@@ -158,7 +158,8 @@ def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float]
     for name, values in (("input_mean", mean), ("input_std", std and [max(value, 1 / 255) for value in std])):
         buffer = dict(model.named_buffers()).get(name)
         if buffer is not None and values is not None:
-            buffer.copy_(torch.tensor(values).view_as(buffer))
+            with blamed_on(type(model).__name__, f"given the data's {name}"):
+                buffer.copy_(torch.tensor(values).view_as(buffer))
 
 
 def batch_norm_names(model: nn.Module) -> list[str]:
@@ -218,7 +219,7 @@ def seeded(seed: int):
 
 
 def fill(model: nn.Module) -> None:
-    """Give all parameters and buffers of `model` values that are the same on every machine, each others."""
+    """Give all parameters and buffers of `model` values of their own, the same ones on every machine."""
     noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
     for index, (name, tensor) in enumerate(model.state_dict().items()):
         if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
