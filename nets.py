@@ -104,7 +104,8 @@ def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float]
     for name, values in (("input_mean", mean), ("input_std", std and [max(value, 1 / 255) for value in std])):
         buffer = dict(model.named_buffers()).get(name)
         if buffer is not None and values is not None:
-            buffer.copy_(torch.tensor(values).view_as(buffer))
+            with blamed_on(type(model).__name__, f"given the data's {name}"):
+                buffer.copy_(torch.tensor(values).view_as(buffer))
 
 
 def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:

@@ -103,6 +103,13 @@ def in_place(self, images):
     return product
 
 
+def test_buffer_that_cannot_take_the_mean_of_the_data_is_named():
+    net = Own(3, 5)
+    net.register_buffer("input_mean", torch.zeros(2))
+    with pytest.raises(UserError, match="^net Own cannot be given the data's input_mean: RuntimeError: "):
+        nets.normalise_input(net, [0.5] * 3, [0.25] * 3)
+
+
 @pytest.mark.parametrize(
     "net, reason",
     [

@@ -53,7 +53,7 @@ def seeded(seed: int):
 
 
 def fill(model: nn.Module) -> None:
-    """Give all parameters and buffers of `model` values that are the same on every machine, each others."""
+    """Give all parameters and buffers of `model` values of their own, the same ones on every machine."""
     noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
     for index, (name, tensor) in enumerate(model.state_dict().items()):
         if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
