@@ -1,7 +1,7 @@
 """Third-party names that the modules share, and the helpers that the scripts share.
 
 All other modules import from here, by name, and before anything that is not Python's own: this module sets what other
-packages read when they are imported. What only some need (cv2, pandas, wandb, matplotlib) they import themselves.
+packages read when they are imported. What only some need (cv2, PIL, pandas, wandb, matplotlib) they import themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import hashlib
 import hmac
+import io
 import ipaddress
 import json
 import logging
@@ -20,10 +21,10 @@ import shlex
 import signal
 import socket
 import stat
-import struct
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ if sys.version_info < (3, 8):  # noqa: UP036 (that is what it is to find out)
     raise SystemExit(2)
 
 
-PACKAGES = {"cv2": "opencv-python-headless", "grpc": "grpcio"}
+PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "grpc": "grpcio"}
 PACKAGES.update((name, name) for name in "filelock flwr matplotlib numpy pandas torch tqdm wandb".split())
 
 
@@ -400,73 +401,77 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and their digests: what partition.py, the devices and nets.predict have to do alike. Here and not in data.py,
-# which imports torch, that partition.py needs not wait for; cv2 is imported where it is used, since most devices can
-# spare its 15 MB.
+# which imports torch, that partition.py needs not wait for; cv2 and PIL are imported where they are used, since devices
+# do without them.
 
 
-def tiff_tags(block):
-    """The tags of a TIFF file, or of an EXIF block, which has its form: {tag: number}, those of 16 bits alone."""
-    order, tags = "<" if block[:2] == b"II" else ">", {}
-    with contextlib.suppress(struct.error):  # it ends early
-        (start,) = struct.unpack_from(f"{order}I", block, 4)
-        (count,) = struct.unpack_from(f"{order}H", block, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", block, entry)
-            if kind == 3:
-                tags[tag] = value
-    return tags
+DECODED = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}  # by Pillow's names
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """An image file's bytes as a viewer shows them: uint8 or uint16 of H×W, H×W×3 (RGB) or H×W×4 (RGB and alpha).
+    """Decode an image file's bytes as a viewer shows them: uint8 or uint16 of H×W, H×W×3 (RGB) or H×W×4 (with alpha).
 
-    Upright, as its EXIF says; of an animation the first frame. Raises ValueError, with the reason, for what is damaged
-    or has no counterpart here.
+    Upright, as the file says; of an animation the first frame; with alpha only where the file says so. Raises
+    ValueError, with the reason, for what is damaged, or is not read reliably.
+
+    Pillow decodes: it knows for each format which channel is alpha and which value is the greatest. But it reduces
+    colours of 16 bits to 8, so these come from OpenCV, provided that both see the same image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata
+            image = Image.open(io.BytesIO(encoded))
+            if image.format not in DECODED:
+                raise ValueError(f"{image.format} is not supported: convert it to PNG")
+            rawmode, tags = str(image.tile), dict(getattr(image, "tag_v2", {}))  # how a TIFF's values are stored
+            image.load()
+            turn = image.getexif().get(274, 1)  # Orientation; Pillow has already turned a TIFF
+            sixteen = ";16" in rawmode or max(tags.get(258, [8])) > 8  # BitsPerSample
+            grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                pixels = np.asarray(image).astype(np.uint16)
+            else:
+                mode = "RGBA" if image.has_transparency_data else "L" if grey else "RGB"
+                pixels = np.asarray(image.convert(mode))
+    except UnidentifiedImageError:
+        raise ValueError("damaged, or of a format that Pillow does not read") from None
+    except Exception as error:  # of damaged bytes its plugins raise anything
+        raise ValueError(str(error) or type(error).__name__) from None
+    if image.mode == "F" or (image.mode == "I" and pixels.dtype == np.uint8) or max(tags.get(339, [1])) > 1:
+        raise ValueError("its values are not unsigned whole numbers of 8 or 16 bits")
+    if pixels.dtype == np.uint16:
+        if tags and (tags[258] != (16,) or tags[262] == 0):  # PhotometricInterpretation: zero is white
+            raise ValueError("a grey TIFF of 12 bits, or of 16 bits with zero as white")
+        if "transparency" in image.info:
+            opaque = np.where(pixels == image.info["transparency"], 0, 65535).astype(np.uint16)
+            pixels = np.dstack([pixels] * 3 + [opaque])
+    elif sixteen or image.format in ("JPEG2000", "PPM"):  # of which only OpenCV tells the bits
+        pixels = sixteen_bits(encoded, pixels, sixteen)
+    if image.format == "JPEG2000" and pixels.shape[2:] == (4,) and b"cdef" not in encoded:
+        raise ValueError("a JPEG 2000 with four channels that does not say what the fourth is")
+    if turn in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1])
+
+
+def sixteen_bits(encoded, eight, known):
+    """The colours of an image in 16 bits, as OpenCV reads them, where they have as many.
+
+    `eight` are the same in 8 bits, as Pillow reads them; `known` says that the file has 16. Raises ValueError where the
+    two differ.
     """
     import cv2
 
-    def decode(flags):
-        try:
-            return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-        except cv2.error:
-            return None
-
-    png, tiff = encoded.startswith(b"\x89PNG"), encoded[:4] in (b"II*\0", b"MM\0*")
-    upright = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # turned as its EXIF says, and without alpha; the other neither
-    image = decode(upright if encoded.startswith(b"\xff\xd8") else cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise ValueError("damaged, or of a format that OpenCV does not read")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"its values are {image.dtype}, not whole numbers of 8 or 16 bits")
-    if tiff and tiff_tags(encoded).get(277) == 2:  # SamplesPerPixel
-        raise ValueError("a TIFF of grey and alpha, which OpenCV reads without the alpha")
-    if png and image.ndim == 2:
-        header = encoded[: encoded.find(b"IDAT")]
-        at = header.find(b"tRNS")  # one grey value that is transparent, which OpenCV knows in coloured PNGs alone
-        if at >= 0:
-            depth, value = header[24], int.from_bytes(header[at + 4 : at + 6], "big")
-            value = value * 255 // (2**depth - 1) if depth < 8 else value
-            opaque = np.where(image == value, 0, np.iinfo(image.dtype).max).astype(image.dtype)
-            image = np.dstack([image] * 3 + [opaque])
-    alpha = image.ndim == 3 and image.shape[2] == 4
-    if image.dtype == np.uint16 and encoded[4:8] == b"ftyp":  # AVIF of 10 or 12 bits, which OpenCV does not shift
-        if alpha:
-            raise ValueError("an AVIF of more than 8 bits with alpha")
-        image = decode(cv2.IMREAD_COLOR)
-    at = encoded.find(b"eXIf" if png else b"EXIF") if png or encoded[8:12] == b"WEBP" else -1
-    if not alpha:
-        image = decode(upright) if at >= 0 else image
-        return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    exif = encoded[at + (4 if png else 8) :] if at >= 0 else b""
-    turn = tiff_tags(exif[6:] if exif.startswith(b"Exif\0\0") else exif).get(274, 1)  # Orientation
-    if turn in (5, 6, 7, 8):
-        image = image.transpose(1, 0, 2)
-    image = image[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
-    image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_BGRA2RGBA)
-    if tiff and image.dtype == np.uint8:  # libtiff has multiplied the colours by alpha
-        alpha = np.maximum(image[:, :, 3:], 1).astype(np.uint16)
-        image[:, :, :3] = np.minimum((image[:, :, :3] * np.uint16(255) + alpha // 2) // alpha, 255)
-    return image
+    deep = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    if not known and (deep is None or deep.dtype == np.uint8):
+        return eight
+    if deep is not None and deep.shape == eight.shape:
+        deep = deep[:, :, [2, 1, 0, 3][: deep.shape[2]]]
+        if np.abs((deep >> 8) - eight.astype(int)).max() <= 1:
+            return deep
+    raise ValueError("colours of 16 bits that OpenCV does not read as Pillow does")
 
 
 def prepare_image(image: np.ndarray, image_size, fit="squash", levels=None, channels=None) -> np.ndarray:
