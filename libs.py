@@ -340,7 +340,7 @@ def run_script(main: Callable[[], int]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {printable(str(error), 10_000)}", file=sys.stderr)
         code = 2
     except ModuleNotFoundError as error:
         if missing(error) is None:
@@ -397,6 +397,36 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     finally:
         if part.exists():
             part.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, by matplotlib, which only the laptop has.
+
+
+def plain(text, limit: int = 120) -> str:
+    """A text as matplotlib has to be given it: dollars make a formula, and a label that begins with "_" is left out."""
+    return re.sub("^_", " _", printable(text, limit)).replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def picture(path: Path, width: float, height: float, title: str):
+    """A figure of matplotlib, of so many inches, to draw on; it becomes the PNG `path` when the block ends."""
+    from matplotlib.figure import Figure  # half a second that nothing else needs
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(plain(title))
+    yield figure
+    with warnings.catch_warnings(), atomic_write(path) as part:
+        warnings.simplefilter("ignore")  # of letters that its font lacks
+        figure.savefig(part, format="png", dpi=110)
+
+
+def try_to_draw(draw: Callable, *args) -> None:
+    """Call `draw(*args)`, which draws a picture; where it fails, only say so: no run ends for a picture."""
+    try:
+        draw(*args)
+    except Exception as error:
+        say(f"warning: {draw.__name__} failed, so its picture is missing: {printable(error)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,10 +23,9 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
-from libs import ROOT, UserError, atomic_write, np, printable, say, torch, tqdm
+from libs import ROOT, UserError, atomic_write, np, picture, plain, printable, say, torch, tqdm, try_to_draw
 
 import pandas as pd
 
@@ -399,8 +398,8 @@ class Record:
 
     def _draw(self):
         started, title = time.monotonic(), self.about.get("dataset") or ""
-        draw_metrics(self.history.rows, self.path.with_name("metrics.png"), title)
-        draw_devices(self.clients.by_cid(), self.path.with_name("devices.png"), title)
+        try_to_draw(draw_metrics, self.history.rows, self.path.with_name("metrics.png"), title)
+        try_to_draw(draw_devices, self.clients.by_cid(), self.path.with_name("devices.png"), title)
         self.draw_at = time.monotonic() + max(DRAW_EVERY, 20 * (time.monotonic() - started))
 
     def _end(self):
@@ -416,7 +415,8 @@ class Record:
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count_answers(self.test_loaders["test"], self.model)
         title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
-        draw_confusion(self.mistakes, self.about.get("classes"), self.path.with_name("confusion.png"), title)
+        path, classes = self.path.with_name("confusion.png"), self.about.get("classes")
+        try_to_draw(draw_confusion, self.mistakes, classes, path, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,24 +565,6 @@ def best_row(rows):
     """The row of history.csv with the best test accuracy, or None where none was measured."""
     tested = [row for row in rows if not math.isnan(row["test_accuracy"])]
     return max(tested, key=lambda row: row["test_accuracy"], default=None)
-
-
-@contextlib.contextmanager
-def picture(path, width, height, title):
-    """A figure of matplotlib, of so many inches, to draw on; it becomes the PNG `path` when the block ends."""
-    from matplotlib.figure import Figure  # half a second that nothing else needs
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(plain(title))
-    yield figure
-    with warnings.catch_warnings(), atomic_write(path) as part:
-        warnings.simplefilter("ignore")  # of letters that its font lacks
-        figure.savefig(part, format="png", dpi=110)
-
-
-def plain(text, limit=120):
-    """A text as matplotlib has to be given it, to which a dollar begins a formula."""
-    return printable(text, limit).replace("$", r"\$")
 
 
 def draw_metrics(rows, path, title):
