@@ -6,8 +6,8 @@
 Without --source, CIFAR10, CIFAR100, MNIST and FashionMNIST come from their official files in datasets/, which are
 downloaded if they are not there, and Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of
 CIFAR-10's or CIFAR-100's, or with four IDX files such as MNIST's, or with the images as train/<class>/* and
-test/<class>/*, or only as <class>/*. Images are brought to one size; a set of grey images alone is written with one
-channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what is there.
+test/<class>/*, or only as <class>/* or train/<class>/*. Images are brought to one size; a set of grey images alone is
+written with one channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what is there.
 """
 
 import argparse
@@ -264,10 +264,9 @@ def parse_idx(data, types):
     if not start or len(data) < start:
         raise ValueError(f"it begins with {begin} and not with {' or '.join(types)}, the type and number of axes")
     shape = np.frombuffer(data, ">u4", data[3], offset=4).tolist()
-    if (len(data) - start) / np.dtype(types[begin]).itemsize != math.prod(shape) or 0 in shape:
-        raise ValueError(
-            f"it has {len(data) - start} bytes of values, and not {' times '.join(map(str, shape))} values"
-        )
+    count, rest = divmod(len(data) - start, np.dtype(types[begin]).itemsize)
+    if count != math.prod(shape) or rest or 0 in shape:
+        raise ValueError(f"it has {count} values, and not {' times '.join(map(str, shape))}")
     return np.frombuffer(data, types[begin], offset=start).reshape(shape)
 
 
