@@ -457,7 +457,9 @@ def decode_image(encoded: bytes) -> np.ndarray:
                 raise ValueError(f"{image.format} is not supported: convert it to PNG")
             rawmode, tags = str(image.tile), dict(getattr(image, "tag_v2", {}))  # how a TIFF's values are stored
             image.load()
-            turn = image.getexif().get(274, 1)  # Orientation; Pillow has already turned a TIFF
+            turn = 1
+            with contextlib.suppress(SyntaxError):  # no EXIF, though it is called so
+                turn = image.getexif().get(274, 1)  # Orientation; Pillow has already turned a TIFF
             sixteen = ";16" in rawmode or max(tags.get(258, [8])) > 8  # BitsPerSample
             grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
@@ -494,7 +496,9 @@ def sixteen_bits(encoded, eight, known):
     """
     import cv2
 
-    deep = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    deep = None
+    with contextlib.suppress(cv2.error):
+        deep = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
     if not known and (deep is None or deep.dtype == np.uint8):
         return eight
     if deep is not None and deep.shape == eight.shape:

@@ -7,7 +7,8 @@ Without --source, CIFAR10, CIFAR100, MNIST and FashionMNIST come from their offi
 downloaded if they are not there, and Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of
 CIFAR-10's or CIFAR-100's, or with four IDX files such as MNIST's, or with the images as train/<class>/* and
 test/<class>/*, or only as <class>/* or train/<class>/*. Images are brought to one size; a set of grey images alone is
-written with one channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what is there.
+written with one channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what
+is there.
 """
 
 import argparse
@@ -316,11 +317,11 @@ def read_idx(source, args):
             raise UserError(f"{source}: {name} has {len(images)} images, and {len(labels)} labels belong to it")
         splits[split] = images, labels
     called = dict(enumerate(CLASSES.get(args.dataset, [])))
-    for mapping in (
-        text for which, text in mappings.items() if f"{which}-train-" in found["train", "labels"][0].lower()
-    ):
+    which = found["train", "labels"][0].rpartition("/")[2].lower().partition("-train-")[0]
+    if which in mappings:
         try:  # lines of a label and the codes of its letters, upper case first
-            called = {int(line.split()[0]): chr(int(line.split()[1])) for line in mapping.splitlines() if line.strip()}
+            rows = [line.split() for line in mappings[which].splitlines() if line.strip()]
+            called = {int(row[0]): chr(int(row[1])) for row in rows}
         except (ValueError, IndexError, OverflowError) as error:
             raise UserError(f"{source}: the mapping file of its classes cannot be read: {error}") from None
     values = np.unique(splits["train"][1]).tolist()
@@ -391,9 +392,7 @@ def sort_files(source, files):
             sorted_in[name] = None, parts[0]
         else:
             others.add(name)
-    if "test" not in roles.values() and len(roles) == len(
-        tops()
-    ):  # there is only train/<class>/*, of which a test set is split off
+    if roles.keys() == set(tops()) and "test" not in roles.values():  # train/<class>/* alone
         sorted_in = {name: (None, folder) for name, (_, folder) in sorted_in.items()}
     found = {split for split, _ in sorted_in.values()}
     classes = {folder for _, folder in sorted_in.values()}
@@ -523,14 +522,12 @@ def read_images(source, args):
             if not args.skip_damaged:
                 count = f"{len(damaged)} of its images cannot be read (--skip_damaged skips them)"
                 raise UserError(f"{source}: {count}: {some(damaged)}")
-            lost = {labels[name] for name in names["train"]} - left["train"]
-            if lost or not left["test"]:
-                whose = (
-                    f"for training of {some([classes[label] for label in sorted(lost)])}"
-                    if lost
-                    else "for the test set"
-                )
-                raise UserError(f"{source}: no image {whose} is left without the damaged ones: {some(damaged)}")
+            lost = sorted({labels[name] for name in names["train"]} - left["train"])
+            if lost:
+                whose = some([classes[label] for label in lost])
+                raise UserError(f"{source}: all training images of {whose} are damaged: {some(damaged)}")
+            if not left["test"]:
+                raise UserError(f"{source}: all images of the test set are damaged: {some(damaged)}")
             say(f"skipped damaged images: {some(damaged)} ({len(damaged)} in all)")
         if split == "test" and transparent:
             say(f"images that are transparent in places, put on white: {transparent}")

@@ -174,6 +174,7 @@ KNOWN = {  # files made by hand: what is in them, as their formats' specificatio
     "TIFF of 16 bits": (tiff(DEEP[:, :, :3], 2), COLOURS),
     "TIFF of 16 bits, alpha": (tiff(DEEP, 2, t338=[2]), ON_WHITE),
     "TIFF of 16 bits, turned": (tiff(DEEP[:, :, :3], 2, t274=[6]), np.rot90(COLOURS, -1)),
+    "PNG, EXIF is none": (encoded(Image.fromarray(COLOURS), "PNG", exif=b"Exif\0\0neither"), COLOURS),
     "PGM up to 100": (b"P5 3 1 100\n\x00\x32\x64", np.dstack([[[0, 127.5, 255]]] * 3)),
     "PGM up to 1023": (b"P5 2 1 1023\n\x01\xf4\x03\xff", np.dstack([[[124.6, 255]]] * 3)),
     "PPM up to 100": (b"P6 1 1 100\n\x00\x32\x64", np.array([[[0, 127.5, 255]]])),

@@ -317,7 +317,11 @@ def test_damaged_files_are_skipped_where_it_is_asked_for(read, capsys, mode):
 
 @pytest.mark.parametrize(
     "gone, words",
-    [("train/ant", "for training of ant is left"), ("test", "for the test set is left"), ("1.png", "2 is too many: 2")],
+    [
+        ("train/ant", "all training images of ant are damaged"),
+        ("test", "all images of the test set are"),
+        ("1.png", "2 is too many: 2"),
+    ],
 )
 def test_too_little_is_left_without_the_damaged_files(read, gone, words):
     files = {name: png(0)[:50] if gone in name else image for name, image in PLAIN.items() if "2.png" not in name}
