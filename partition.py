@@ -6,8 +6,9 @@
 Without --source, CIFAR10, CIFAR100, MNIST and FashionMNIST come from their official files in datasets/, which are
 downloaded if they are not there, and Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of
 CIFAR-10's or CIFAR-100's, or with four IDX files such as MNIST's, or with the images as train/<class>/* and
-test/<class>/*, or only as <class>/*. Images are brought to one size; a set of grey images alone is written with one
-channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what is there.
+test/<class>/*, or only as <class>/* or train/<class>/*. Images are brought to one size; a set of grey images alone is
+written with one channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what
+is there.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import hashlib
 import http.client
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -47,12 +49,14 @@ from libs import (
     np,
     number,
     prepare_image,
+    printable,
     run_script,
     say,
     tqdm,
 )
 from plumbing.common.files import atomic_write, sync_folder
 from plumbing.common.split import count_eval, image_digest, split_id, table_digest
+from plumbing.laptop.pictures import draw_split, try_to_draw
 
 import cv2
 
@@ -112,6 +116,8 @@ def parse_args():
     test_help = "share of each class for the test set, where the source has none"
     parser.add_argument("--test_fraction", type=fraction, default=0.2, help=test_help)
     parser.add_argument("--eval_fraction", type=fraction, default=0.2, help="share of each shard to evaluate on")
+    damaged_help = "skip images that cannot be read, and name them, rather than stop"
+    parser.add_argument("--skip_damaged", action="store_true", help=damaged_help)
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of every random choice")
     parser.add_argument("--bundles", action="store_true", help="also write one tar a client, with all it needs")
     parser.add_argument("--show", action="store_true", help="only print how many images of each class each client has")
@@ -129,7 +135,8 @@ def parse_args():
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources. A reader takes (source, args), and returns (classes, channels, splits, levels for prepare_image), or None if
 # nothing has its layout. splits yields ("train" or "test", number of images, images) in turn, and images yields (image
-# as prepare_image takes it, int label); channels are None where the images decide. All of the readers are in READERS.
+# as prepare_image takes it, int label), no more than that number; channels are None where the images decide. All of the
+# readers are in READERS.
 
 
 def is_file(member):
@@ -203,20 +210,23 @@ CIFAR_LAYOUTS = {  # name: (training files, test file, file with the names, thei
 
 def read_cifar(source, args):
     """Read CIFAR-10's or CIFAR-100's layout (fine labels); None where none of it is there. Unpacks nothing to disk."""
-    batches, layout = {}, None
+    batches = {}
     layout_of = {name: key for key, (train, *others) in CIFAR_LAYOUTS.items() for name in (*train, *others[:2])}
-    try:
-        for name, opened in list_members(source):
-            name = name.rpartition("/")[2]
-            if name in layout_of:
-                with opened() as file:
-                    if layout_of[name] == "CIFAR-100" and file.peek(1)[:1] != b"\x80":
-                        continue  # something else with that plain name, and no pickle
+    for name, opened in list_members(source):
+        name = name.rpartition("/")[2]
+        if name in layout_of:
+            with opened() as file:
+                if layout_of[name] == "CIFAR-100" and file.peek(1)[:1] != b"\x80":
+                    continue  # something else with that plain name, and no pickle
+                try:
                     batches[name] = PlainUnpickler(file, encoding="bytes").load()
-        layout = next((key for key in CIFAR_LAYOUTS if any(layout_of[name] == key for name in batches)), None)
-        if layout is None:
-            return None
-        train, test, meta, classes_key, labels_key = CIFAR_LAYOUTS[layout]
+                except Exception as error:  # whatever pickle makes of bytes that are damaged or something else
+                    raise UserError(f"{source}: {name} is damaged, or not {layout_of[name]}'s: {error}") from None
+    layout = next((key for key in CIFAR_LAYOUTS if any(layout_of[name] == key for name in batches)), None)
+    if layout is None:
+        return None
+    train, test, meta, classes_key, labels_key = CIFAR_LAYOUTS[layout]
+    try:
         classes = [name.decode() for name in batches[meta][classes_key]]
         for name in (*train, test):
             data, labels = batches[name][b"data"], np.array(batches[name][labels_key])
@@ -227,10 +237,8 @@ def read_cifar(source, args):
             batches[name] = data, labels
     except KeyError as error:
         raise UserError(f"{source} is not whole: of {layout}'s layout it lacks {error.args[0]!r}") from None
-    except UserError:
-        raise
-    except Exception as error:  # whatever tarfile, zlib and pickle make of bytes that are damaged or something else
-        raise UserError(f"{source} is damaged, or not what --source takes: {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:  # pickles of something else
+        raise UserError(f"{source} is damaged, or not in {layout}'s layout: {error}") from None
 
     def images(names):
         for name in names:
@@ -242,44 +250,59 @@ def read_cifar(source, args):
     return classes, 3, splits, None
 
 
-IDX_NAME = re.compile(r"(train|t10k|test).*(images|labels)[-._]idx[13][-._]ubyte(\.gz)?", re.IGNORECASE)
+IDX_NAME = re.compile(
+    r"(train|t10k|test).*(images[-._]idx3[-._]ubyte|labels[-._]idx(1[-._]ubyte|2[-._]int))(\.gz)?", re.IGNORECASE
+)
+IDX_TYPES = {"images": {"00000803": "u1"}, "labels": {"00000801": "u1", "00000c02": ">i4"}}  # how each file may begin
 
 
-def parse_idx(data, num_axes):
-    """The uint8 array of `num_axes` axes that the bytes of an IDX file hold. Raises ValueError.
+def parse_idx(data, types):
+    """The array that the bytes of an IDX file hold. `types` are its possible beginnings, as in IDX_TYPES.
 
-    The format, http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: uint8), the number of axes, the length of
-    each as a big-endian uint32, the values.
+    The format, http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: uint8, 12: int32), the number of axes,
+    the length of each as a big-endian uint32, the values. Raises ValueError.
     """
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
-    start = 4 + 4 * num_axes
-    if data[:4] != bytes([0, 0, 8, num_axes]) or len(data) < start:
-        raise ValueError(
-            f"it begins with {data[:4].hex()} and not with 000008{num_axes:02x}: no bytes of {num_axes} axes"
-        )
-    shape = np.frombuffer(data, ">u4", num_axes, offset=4).tolist()
-    if len(data) - start != math.prod(shape) or 0 in shape:
-        raise ValueError(f"it has {len(data) - start} values, and not {' times '.join(map(str, shape))}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    begin = data[:4].hex()
+    start = 4 + 4 * data[3] if begin in types else 0
+    if not start or len(data) < start:
+        raise ValueError(f"it begins with {begin} and not with {' or '.join(types)}, the type and number of axes")
+    shape = np.frombuffer(data, ">u4", data[3], offset=4).tolist()
+    count, rest = divmod(len(data) - start, np.dtype(types[begin]).itemsize)
+    if count != math.prod(shape) or rest or 0 in shape:
+        raise ValueError(f"it has {count} values, and not {' times '.join(map(str, shape))}")
+    return np.frombuffer(data, types[begin], offset=start).reshape(shape)
 
 
 def read_idx(source, args):
     """Read four IDX files, gzipped or not, named as MNIST's are; None where none is there.
 
-    Labels are the classes' names, but for the datasets in CLASSES, whose labels are the places in that list.
+    EMNIST's, which hold each image transposed, are known by their names; its mapping file names the classes. QMNIST's
+    labels are the first number of each row. Else classes are called by their labels, but for the datasets in CLASSES,
+    whose labels are the places in that list.
     """
-    found = {}  # (split, "images" or "labels"): (name, array)
+    found, mappings = {}, {}  # (split, "images" or "labels"): (name, array); EMNIST's set: bytes
     for name, opened in list_members(source):
-        match = IDX_NAME.search(name.rpartition("/")[2])
-        if not match or any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
+        file_name = name.rpartition("/")[2].lower()
+        match = IDX_NAME.search(file_name)
+        if any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
             continue
-        key = "train" if match[1].lower() == "train" else "test", match[2].lower()
+        if re.fullmatch(r"emnist-.*-mapping\.txt", file_name):
+            with opened() as file:
+                mappings[file_name[: -len("-mapping.txt")]] = file.read()
+        if not match:
+            continue
+        key = "train" if match[1] == "train" else "test", match[2][:6]
         try:
             with opened() as file:
-                array = parse_idx(file.read(), 3 if key[1] == "images" else 1)
+                array = parse_idx(file.read(), IDX_TYPES[key[1]])
         except UNREADABLE as error:
             raise UserError(f"{source}: {name} cannot be read: {error}") from None
+        if array.ndim == 2:
+            array = array[:, 0]
+        if array.ndim == 3 and "emnist" in file_name:
+            array = array.transpose(0, 2, 1)
         if key in found and not np.array_equal(found[key][1], array):  # packed and unpacked, side by side, are the same
             raise UserError(
                 f"{source} has {' and '.join(key)} twice: {found[key][0]} and {name}; name a folder with one set"
@@ -297,15 +320,25 @@ def read_idx(source, args):
         if len(images) != len(labels):
             raise UserError(f"{source}: {name} has {len(images)} images, and {len(labels)} labels belong to it")
         splits[split] = images, labels
-    values = np.unique(splits["train"][1])
-    classes = CLASSES.get(args.dataset, [])
-    if not classes or values[-1] >= len(classes):
-        classes = [str(value) for value in values]
-        unknown = np.setdiff1d(splits["test"][1], values)
-        if len(unknown):
-            raise UserError(f"{source} has the label {unknown[0]} in its test set and not in its training set")
-        splits = {split: (images, np.searchsorted(values, labels)) for split, (images, labels) in splits.items()}
-    splits = [(split, len(labels), zip(images, labels.tolist())) for split, (images, labels) in splits.items()]
+    called = dict(enumerate(CLASSES.get(args.dataset, [])))
+    which = found["train", "labels"][0].rpartition("/")[2].lower().partition("-train-")[0]
+    if which in mappings:
+        try:  # lines of a label and the codes of its letters, upper case first
+            rows = [line.split() for line in mappings[which].splitlines() if line.strip()]
+            called = {int(row[0]): chr(int(row[1])) for row in rows}
+        except (ValueError, IndexError, OverflowError) as error:
+            raise UserError(f"{source}: the mapping file of its classes cannot be read: {error}") from None
+    values = np.unique(splits["train"][1]).tolist()
+    if not set(values) <= called.keys():
+        called = {value: str(value) for value in values}
+    values, classes = zip(*sorted(called.items()))
+    unknown = np.setdiff1d(splits["test"][1], values)
+    if len(unknown):
+        raise UserError(f"{source} has the label {unknown[0]} in its test set, which is none of {some(classes)}")
+    splits = [
+        (split, len(labels), zip(images, np.searchsorted(values, labels).tolist()))
+        for split, (images, labels) in splits.items()
+    ]
     return classes, None, splits, None
 
 
@@ -313,7 +346,8 @@ FORMATS = """avif bmp dib exr gif hdr heic heif ico j2k jfif jp2 jpe jpeg jpg jx
     psd pxm ras sr svg tga tif tiff webp""".split()  # suffixes of images, also of those that OpenCV does not read
 MAGIC = rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0{4}|RIFF.{4}WEBP|II\*\0|MM\0\*|.{4}ftypavi|\0\0\0\x0cjP|\xff\x4f\xff\x51"
 DEEP = rb"\x89PNG.{20}\x10|II\*\0|MM\0\*|P[2356]\s|\0\0\0\x0cjP|\xff\x4f\xff\x51"  # how a file of 16 bits may begin
-UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError)
+UNREADABLE += (lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 HIDDEN = re.compile(r"\..*|__MACOSX|@eaDir|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # what systems leave in folders
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
@@ -321,14 +355,15 @@ SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 
 def some(names, count=10):
     """The first names of a list, as text that any terminal shows."""
-    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names[:count]]
+    shown = [printable(name.encode("utf-8", "backslashreplace").decode()) for name in names[:count]]
     return ", ".join(shown) + (", …" if len(names) > count else "")
 
 
 def sort_files(source, files):
     """Find out which of `files`, all the names in `source`, are images of a class: ({name: (split, class)}, others).
 
-    The split is "train", "test", or None where the source has only <class>/*; `others` are names to be passed over.
+    The split is "train", "test", or None where the source has only <class>/* or train/<class>/*; `others` are names to
+    be passed over.
     Raises UserError, which says what is there, where that is neither of the layouts.
     """
     images, others = {}, set()  # name: its folders and file, without those that all share
@@ -349,6 +384,8 @@ def sort_files(source, files):
         others |= {name for name, parts in images.items() if len(parts) == 1}
         images = {name: parts[1:] for name, parts in images.items() if len(parts) > 1}
     roles = {top: SPLITS[top.lower()] for top in tops() if top.lower() in SPLITS}
+    if len(roles) < len(tops()) and not any(len(parts) > 2 and parts[0] in roles for parts in images.values()):
+        roles = {}  # a class of that name, among others
     if "test" not in roles.values():  # a set for validation serves as well
         roles = {top: "test" if role == "val" else role for top, role in roles.items()}
     sorted_in = {}
@@ -359,15 +396,20 @@ def sort_files(source, files):
             sorted_in[name] = None, parts[0]
         else:
             others.add(name)
+    if roles.keys() == set(tops()) and "test" not in roles.values():  # train/<class>/* alone
+        sorted_in = {name: (None, folder) for name, (_, folder) in sorted_in.items()}
     found = {split for split, _ in sorted_in.values()}
-    deeper = any(part.lower() in SPLITS for parts in images.values() for part in parts[1:-1])
-    if found != {"train", "test"} and (found != {None} or len(tops()) < 2 or deeper):
+    classes = {folder for _, folder in sorted_in.values()}
+    deeper = any(part.lower() in SPLITS for parts in images.values() for part in parts[2 if roles else 1 : -1])
+    if found != {"train", "test"} and (found != {None} or len(classes) < 2 or deeper):
         missing = [f"{split}/<class>/*" for split in ("train", "test") if roles and split not in found]
         expected = " or ".join(missing) or "train/<class>/* and test/<class>/*, or as <class>/* of two classes or more"
         counts = [f"{sum(parts[0] == top for parts in images.values())} in {top}/" for top in tops()]
         loose = sum(len(parts) == 1 for parts in images.values())
         content = some(counts + [f"{loose} in no folder"] * (loose > 0)) or "none at all"
-        raise UserError(f"{source} has no images as {expected}; images there: {content}")
+        archives = [name for name in sorted(files) if re.search(r"\.(zip|tar|tgz|tar\.\w+)$", name, re.IGNORECASE)]
+        hint = f"; it holds {some(archives)}: name such a file with --source, or unpack it" if archives else ""
+        raise UserError(f"{source} has no images as {expected}; images there: {content}{hint}")
     return sorted_in, sorted(others)
 
 
@@ -380,14 +422,25 @@ def looks_like_image(opened):
 def merge_spellings(pairs):
     """Give each class one name: {folder's name: class}, from pairs (split, folder's name).
 
-    Spellings that differ in case, outer spaces or Unicode's form are one class, called as the training set has it.
+    Spellings that differ in outer spaces or Unicode's form are one class, called as the training set has it. Those that
+    differ in case are as well, unless each of them is in each split: then they are letters, as A and a.
     """
-    called, names = {}, {}
-    for _, name, folder in sorted((s == "test", unicodedata.normalize("NFC", f).strip(), f) for s, f in pairs):
-        names[folder] = called.setdefault(name.casefold(), name)
-    different = [f"{folder!r} is {name!r}" for folder, name in sorted(names.items()) if folder != name]
+    tidy = {folder: unicodedata.normalize("NFC", folder).strip() for _, folder in pairs}
+    splits, there = {split for split, _ in pairs}, {(split, tidy[folder]) for split, folder in pairs}
+    alike, called = {}, {}
+    for _, name in sorted((split == "test", name) for split, name in there):
+        alike.setdefault(name.casefold(), []).append(name)
+    for same in alike.values():
+        apart = all((split, name) in there for split in splits for name in same)
+        called.update((name, name if apart else same[0]) for name in same)
+    names = {folder: called[name] for folder, name in sorted(tidy.items())}
+    different = [f"{folder!r} is {name!r}" for folder, name in names.items() if folder != name]
     if different:
         say(f"spellings of one class: {some(different)}")
+    classes = sorted(set(names.values()), key=lambda name: (name.casefold(), name))
+    apart = [f"{one!r} and {other!r}" for one, other in zip(classes, classes[1:]) if one.casefold() == other.casefold()]
+    if apart:
+        say(f"classes that differ in case alone: {some(apart)}")
     return names
 
 
@@ -421,7 +474,7 @@ def find_levels(files, names):
 def read_images(source, args):
     """Read images as train/<class>/* and test/<class>/*, at any depth, or as <class>/* alone; classes in sorted order.
 
-    Names all damaged files of the source at once.
+    Names all damaged files of the source at once; with --skip_damaged goes on without them.
     """
     if source.is_dir() or is_zip(source):
         files = dict(list_members(source))
@@ -454,7 +507,7 @@ def read_images(source, args):
     names = {"train": [], "test": []}
     for name, test in zip(labels, in_test):
         names["test" if test else "train"].append(name)
-    damaged, transparent = [], 0
+    damaged, transparent, left = [], 0, {"train": set(), "test": set()}  # left: the labels that have an image
 
     def images(split):
         nonlocal transparent
@@ -467,9 +520,19 @@ def read_images(source, args):
                 continue
             alpha = image.ndim == 3 and image.shape[2] == 4
             transparent += bool(alpha and image[:, :, 3].min() < np.iinfo(image.dtype).max)
+            left[split].add(labels[name])
             yield image, labels[name]
         if split == "test" and damaged:
-            raise UserError(f"{source}: {len(damaged)} of its images cannot be read: {some(damaged)}")
+            if not args.skip_damaged:
+                count = f"{len(damaged)} of its images cannot be read (--skip_damaged skips them)"
+                raise UserError(f"{source}: {count}: {some(damaged)}")
+            lost = sorted({labels[name] for name in names["train"]} - left["train"])
+            if lost:
+                whose = some([classes[label] for label in lost])
+                raise UserError(f"{source}: all training images of {whose} are damaged: {some(damaged)}")
+            if not left["test"]:
+                raise UserError(f"{source}: all images of the test set are damaged: {some(damaged)}")
+            say(f"skipped damaged images: {some(damaged)} ({len(damaged)} in all)")
         if split == "test" and transparent:
             say(f"images that are transparent in places, put on white: {transparent}")
 
@@ -567,7 +630,9 @@ def file_md5(path):
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-READERS = (read_cifar, read_idx, read_images)  # asked in turn; a new one goes before the last, which takes any
+# Asked in turn: one that returns None, or cannot open the source, leaves it to the next. A new one goes before the
+# last, which takes any folder, zip or tar, or says what is wrong with it.
+READERS = (read_cifar, read_idx, read_images)
 
 
 def official_source(dataset):
@@ -598,9 +663,18 @@ def open_source(args):
         raise UserError(f"--source {source} lies in {target}, which this run would replace: move it elsewhere")
     try:
         checksum = None if source.is_dir() else f"md5: {file_md5(source)}"
-        return str(source), checksum, next(filter(None, (reader(source, args) for reader in READERS)))
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {source}: {error}") from None
+    reason = None
+    for reader in READERS:
+        try:
+            found = reader(source, args)
+        except UNREADABLE as error:  # damaged, or no archive, and perhaps what the next one reads
+            reason = reason or error
+            continue
+        if found:
+            return str(source), checksum, found
+    raise UserError(f"cannot read {source} as a folder, zip or tar: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,17 +772,22 @@ def write_dataset(folder, args):
         say("note: --test_fraction has no effect: the source has a test set")
     labels, digests, grey, digest = {}, {}, [], hashlib.md5()
     sums = np.zeros((2, 3), np.int64)  # of the training images' values and of their squares, a channel
-    for split, count, images in splits:
-        if split == "train" and args.num_clients > count // 2:
+
+    def check(count):
+        if args.num_clients > count // 2:
             raise UserError(f"--num_clients {args.num_clients} is too many: {count} images, and each client needs two")
+
+    for split, count, images in splits:
+        if split == "train":
+            check(count)
         (folder / split).mkdir()
         prefix = f"{folder / split}{os.sep}"
-        labels[split], digests[split] = np.empty(count, np.int64), []
+        labels[split], digests[split] = [], []
         bar = tqdm(images, f"{args.dataset} {split}", count, leave=False, unit="image", disable=not sys.stderr.isatty())
         for index, (image, label) in enumerate(bar):
             image = prepare_image(image, args.image_size, args.fit, levels, channels)
             np.save(f"{prefix}{index}.npy", image)
-            labels[split][index] = label
+            labels[split].append(label)
             digests[split].append(image_digest(image))
             if image.ndim == 2:
                 grey.append((split, index))
@@ -717,6 +796,8 @@ def write_dataset(folder, args):
                 sums += values.sum(0), np.square(values).sum(0)
             if checksum is None:
                 digest.update(np.ascontiguousarray(image))
+        labels[split] = np.array(labels[split], np.int64)
+    check(len(labels["train"]))  # which are fewer where damaged ones were skipped
     if channels is None:
         channels = 1 if len(grey) == len(digests["train"]) + len(digests["test"]) else 3
     for split, index in grey if channels == 3 else []:  # grey images of a coloured set
@@ -773,39 +854,13 @@ def write_dataset(folder, args):
         info["test_fraction"] = args.test_fraction
     info["id"] = split_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
-    draw_split(folder / "partition.png", f"{args.dataset}, {args.partition}", info["split"], classes)
+    title = f"{args.dataset}, {args.partition}"
+    try_to_draw(draw_split, folder / "partition.png", title, info["split"], classes)
     if args.bundles:
         (folder / "bundles").mkdir()
         for cid, ids in enumerate(tqdm(shards, "bundles", leave=False, disable=not sys.stderr.isatty())):
             write_bundle(folder, args.dataset, cid, ids)
     return [len(ids) for ids in shards]
-
-
-def draw_split(path, title, split, classes):
-    """Draw how many images of each class each client has, `split` as dataset.json has it, into the picture `path`."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    counts, places = np.array(split), np.arange(len(split))
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
-    name = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "nipy_spectral"
-    colours = matplotlib.colormaps[name].resampled(max(len(classes), 10 if name == "tab10" else 20))
-    edges = np.stack([places - 0.4, places + 0.4], axis=1).ravel()  # of the bars: each class is one polygon through all
-    below = np.zeros(2 * len(split))
-    for label, called in enumerate(classes):
-        above = below.copy()
-        above[::2] += counts[:, label]
-        axes.fill_between(edges, below, above, step="post", color=colours(label), linewidth=0, label=called)
-        below[::2] = above[::2]
-    axes.set(title=title, xlabel="cid", ylabel="images", xlim=(-0.6, len(split) - 0.4), ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(classes) <= 20:
-        figure.legend(*(part[::-1] for part in axes.get_legend_handles_labels()), loc="outside right upper")
-    else:
-        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(classes) - 1), colours)
-        figure.colorbar(shades, ax=axes, label="class, by its number in dataset.json")
-    figure.savefig(path, format="png", dpi=110)
 
 
 def show(folder):
@@ -829,7 +884,11 @@ def show(folder):
         rows.append([cid, *counts.sum(axis=0), counts.sum(), *counts.sum(axis=1)])
     if not rows:
         raise UserError(f"{folder / 'clients'} has no client_<cid>.csv: cut the dataset first")
-    rows = [["cid", *classes, "all", "fit", "eval"], *rows, ["all", *np.sum(rows, axis=0)[1:]]]
+    rows = [
+        ["cid", *(printable(name, 40) for name in classes), "all", "fit", "eval"],
+        *rows,
+        ["all", *np.sum(rows, axis=0)[1:]],
+    ]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     for row in rows:
         say("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)))

@@ -316,10 +316,9 @@ LAYOUT = {f"{split}/{name}/{index}.png": PNG for split in ("train", "test") for 
         ({"test/b/9.png": b""}, "test/b/9.png"),
         ({"test/c/1.png": PNG}, "class c"),
         ({name: None for name in LAYOUT if name.startswith("train")}, "train/<class>/*"),
-        ({name: None for name in LAYOUT if name.startswith("test")}, "test/<class>/*"),
         ({name: None for name in LAYOUT}, "train/<class>/*"),
     ],
-    ids=["text", "empty", "class", "no train", "no test", "nothing"],
+    ids=["text", "empty", "class", "no train", "nothing"],
 )
 def test_folders_and_zips_of_other_things_than_images(refuse, tmp_path, changes, culprit, packed):
     source = tmp_path / "source"

@@ -13,6 +13,8 @@ import time
 import warnings
 from types import SimpleNamespace
 
+from plumbing.laptop import pictures
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -384,7 +386,7 @@ def row_of(current, value):
 def test_metrics_have_their_look_and_the_best_round_is_marked(tmp_path, drawn, rounds):
     rows = [row_of(current, 1 - 1 / (current + 1)) for current in range(1, rounds + 1)]
     rows[rounds // 2]["test_accuracy"] = 2.0
-    record.draw_metrics(rows, tmp_path / "metrics.png", "a$b^$ \u65e5")
+    pictures.draw_metrics(rows, tmp_path / "metrics.png", "a$b^$ \u65e5")
     for axes in drawn[0].axes:
         looks = {line.get_label().rsplit("_", 1)[0]: line.get_linestyle() for line in axes.lines}
         assert (looks["fit"], looks["eval"], looks["test"]) == ("-", "--", ":")
@@ -395,7 +397,7 @@ def test_metrics_have_their_look_and_the_best_round_is_marked(tmp_path, drawn, r
 
 def test_a_figure_between_gaps_is_seen(tmp_path, drawn):
     rows = [row_of(current, float("nan") if current % 2 else 0.5) for current in range(1, 41)]
-    record.draw_metrics(rows, tmp_path / "metrics.png", "gaps")
+    pictures.draw_metrics(rows, tmp_path / "metrics.png", "gaps")
     for axes in drawn[0].axes:
         for line in axes.lines[:4]:
             assert list(np.flatnonzero(line.get_markevery())) == list(range(1, 40, 2))
@@ -409,7 +411,7 @@ def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
         times = {"fit_seconds": 12.0 if slow else 4.0, "eval_seconds": 0.5, "wait_seconds": 1.0 if slow else 9.0}
         clients[str(cid)] = [{"round": current, **times} for current in range(1, rounds + 1)]
     clients["0"][0]["fit_seconds"] = 900.0  # a pause, which is not to hide the rest
-    record.draw_devices(clients, tmp_path / "devices.png", "D")
+    pictures.draw_devices(clients, tmp_path / "devices.png", "D")
     for axes, sign in ((drawn[0].axes[0], 1), (drawn[0].axes[2], -1)):
         (image,) = axes.images
         brightness = image.to_rgba(image.get_array())[:, -1, :3].sum(axis=-1)
@@ -417,7 +419,7 @@ def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
         assert (sign * (brightness[num_devices // 2] - others) > 0.5).all()
     for value in (float("nan"), 1.7e308, -1e308):
         clients = {"0": [{"round": 3, **dict.fromkeys(record.TIMES, value)}]}
-        record.draw_devices(clients, tmp_path / "absurd.png", "D")
+        pictures.draw_devices(clients, tmp_path / "absurd.png", "D")
 
 
 @pytest.mark.parametrize("num_classes, share, rows", [(2, 0, 4), (100, 0, 100**2), (300, 0, 300), (300, 1, None)])
@@ -447,10 +449,10 @@ def test_confusions_are_drawn_for_any_number_of_classes(tmp_path, drawn, num_cla
     counts = np.random.RandomState(0).randint(0, 9, (num_classes, num_classes))
     counts[1] = 0  # no image of this class in the test set
     names = [f"${name}^ \u65e5" for name in range(num_classes)]
-    record.draw_confusion(counts, names, tmp_path / "confusion.png", "D")
+    pictures.draw_confusion(counts, names, tmp_path / "confusion.png", "D")
     axes = drawn[0].axes[0]
     assert len(axes.texts) == (num_classes**2 if num_classes <= 20 else 0)
     np.testing.assert_allclose(axes.images[0].get_array()[0], counts[0] / counts[0].sum())
-    text = record.list_accuracies(counts, names)
+    text = pictures.list_accuracies(counts, names)
     assert "nan" not in text and text.count(",") < 12
     assert num_classes > 12 or f"{counts[0, 0] / counts[0].sum():.2f}" in text

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 from libs import UserError, decode_image, prepare_image
 
@@ -67,6 +68,7 @@ LOSSLESS = {
     "TIFF": encoded(RGB, "TIFF"),
     "TIFF LZW": encoded(RGB, "TIFF", compression="tiff_lzw"),
     "TIFF alpha": encoded(RGBA, "TIFF"),
+    "TIFF grey and alpha": encoded(RGBA.convert("LA"), "TIFF"),
     "TIFF CMYK": encoded(RGB.convert("CMYK"), "TIFF"),
     "TIFF palette": encoded(PALETTE, "TIFF"),
     "TIFF 1 bit": encoded(RGB.convert("1"), "TIFF"),
@@ -90,11 +92,17 @@ LOSSY = {
 }
 TURNED = {
     f"{form} {image.mode} turned {turn}": encoded(image, form, turn, **options)
-    for form, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("JPEG", {"quality": 95}))
+    for form, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("JPEG", {"quality": 95}),
+        ("AVIF", {"quality": 90}),
+    )
     for image in (RGB, RGBA, GREY)
     if form != "JPEG" or image is not RGBA
     for turn in range(1, 9)
-}
+}  # AVIF's in its own properties (irot, imir)
 
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, *LOSSY, *TURNED])
@@ -103,11 +111,89 @@ def test_image_is_what_a_viewer_shows(kind):
     expected = shown(content)
     if kind == "TIFF of 16 bits":  # which PIL does not bring to 8
         expected = np.dstack([np.array(Image.open(io.BytesIO(content))) >> 8] * 3)
-    image = decode_image(content)
-    image = prepare_image(image, image.shape[:2], channels=3)
+    decoded = decode_image(content)
+    image = prepare_image(decoded, decoded.shape[:2], channels=3)
     assert image.dtype == np.uint8 and image.shape == expected.shape
     tolerance = 4 if kind in LOSSY or kind.startswith("JPEG L") or kind.startswith("JPEG RGB") else 1
     assert np.abs(image.astype(int) - expected).max() <= tolerance
+    if decoded.shape[2:] != (4,) and not kind.startswith("AVIF"):  # OpenCV turns no AVIF, and knows less of alpha
+        other = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+        assert np.abs(image.astype(int) - other).max() <= tolerance
+
+
+DEEP = cv2.resize(np.random.RandomState(1).randint(0, 65536, (5, 7, 4)).astype(np.uint16), (40, 30))
+DEEP[:, :20, 3] = 65535
+EIGHT = (DEEP >> 8).astype(np.uint8)
+COLOURS, FOURTH = EIGHT[:, :, :3], EIGHT[:, :, 3:].astype(float)
+ON_WHITE = (COLOURS * FOURTH + 255 * (255 - FOURTH)) / 255
+GREYS = np.dstack([EIGHT[:, :, 0]] * 3)
+
+
+def bmp(fourth, size=40, alpha_mask=0, compression=3):
+    """COLOURS as a BMP of 32 bits with a header of `size` bytes; `compression` 3 has the channels' masks."""
+    pixels = np.dstack([COLOURS[:, :, ::-1], fourth])[::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", size, 40, 30, 1, 32, compression, len(pixels), 2835, 2835, 0, 0)
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, alpha_mask)
+    header = header + masks[:12] * (compression == 3) if size == 40 else (header + masks).ljust(size, b"\0")
+    start = 14 + len(header)
+    return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + pixels
+
+
+def tiff(array, photometric, planar=False, **tags):
+    """A TIFF of an array, uncompressed; `tags` are numbers of tags ("t338") and their values of 16 bits."""
+    array = array.reshape(*array.shape[:2], -1)
+    height, width, channels = array.shape
+    strips = [plane.tobytes() for plane in array.transpose(2, 0, 1)] if planar else [array.tobytes()]
+    entries = {256: [width], 257: [height], 258: [array.itemsize * 8] * channels, 259: [1], 262: [photometric]}
+    entries |= {273: [0] * len(strips), 277: [channels], 278: [height], 279: [len(strip) for strip in strips]}
+    entries |= {284: [2 if planar else 1], **{int(tag[1:]): values for tag, values in tags.items()}}
+    start = 8 + 2 + 12 * len(entries) + 4
+    ends = np.cumsum([start + sum(10 for values in entries.values() if len(values) > 2)] + [len(s) for s in strips])
+    entries[273], directory, rest = ends[:-1].tolist(), struct.pack("<H", len(entries)), b""
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        if len(values) > 2:
+            rest, packed = rest + packed.ljust(10, b"\0"), struct.pack("<I", start + len(rest))
+        directory += struct.pack("<HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", 8) + directory + bytes(4) + rest + b"".join(strips)
+
+
+KNOWN = {  # files made by hand: what is in them, as their formats' specifications have it
+    "BMP, masks of three channels": (bmp(0 * FOURTH.astype(np.uint8)), COLOURS),
+    "BMP, fourth byte is noise": (bmp(EIGHT[:, :, 3], compression=0), COLOURS),
+    "BMP V5, no mask for alpha": (bmp(EIGHT[:, :, 3], 124), COLOURS),
+    "BMP V5, masks are not in use": (bmp(EIGHT[:, :, 3], 124, 0xFF000000, 0), COLOURS),
+    "BMP V4, alpha": (bmp(EIGHT[:, :, 3], 108, 0xFF000000), ON_WHITE),
+    "BMP V5, alpha": (bmp(EIGHT[:, :, 3], 124, 0xFF000000), ON_WHITE),
+    "TIFF, fourth is unspecified": (tiff(EIGHT, 2, t338=[0]), COLOURS),
+    "TIFF, fourth is alpha": (tiff(EIGHT, 2, t338=[2]), ON_WHITE),
+    "TIFF, five channels": (tiff(np.dstack([EIGHT, EIGHT[:, :, 0]]), 2, t338=[0, 0]), COLOURS),
+    "TIFF, a plane each": (tiff(COLOURS, 2, planar=True), COLOURS),
+    "TIFF, white is zero": (tiff(255 - EIGHT[:, :, 0], 0), GREYS),
+    "TIFF, grey and alpha": (tiff(GREYS[:, :, :2], 1, t338=[0]), GREYS),
+    "TIFF of 16 bits": (tiff(DEEP[:, :, :3], 2), COLOURS),
+    "TIFF of 16 bits, alpha": (tiff(DEEP, 2, t338=[2]), ON_WHITE),
+    "TIFF of 16 bits, turned": (tiff(DEEP[:, :, :3], 2, t274=[6]), np.rot90(COLOURS, -1)),
+    "PNG, EXIF is none": (encoded(Image.fromarray(COLOURS), "PNG", exif=b"Exif\0\0neither"), COLOURS),
+    "PGM up to 100": (b"P5 3 1 100\n\x00\x32\x64", np.dstack([[[0, 127.5, 255]]] * 3)),
+    "PGM up to 1023": (b"P5 2 1 1023\n\x01\xf4\x03\xff", np.dstack([[[124.6, 255]]] * 3)),
+    "PPM up to 100": (b"P6 1 1 100\n\x00\x32\x64", np.array([[[0, 127.5, 255]]])),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_channels_and_values_are_what_the_file_says(kind):
+    image = decode_image(KNOWN[kind][0])
+    image = prepare_image(image, image.shape[:2], channels=3).astype(int)
+    assert image.shape == KNOWN[kind][1].shape and np.abs(image - KNOWN[kind][1]).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_avif_of_more_than_8_bits_has_its_full_range(bits):
+    wide = cv2.resize(DEEP, (64, 64)) >> (16 - bits)
+    content = cv2.imencode(".avif", wide, [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100])[1].tobytes()
+    expected = (wide >> (bits - 8))[:, :, [2, 1, 0, 3]].astype(int)
+    assert np.abs(decode_image(content) - expected).max() <= 4
 
 
 def raw_tiff(array):
@@ -115,16 +201,25 @@ def raw_tiff(array):
 
 
 REFUSED = {
-    "floats": (encoded(Image.fromarray(np.linspace(0, 1, 1200).reshape(30, 40).astype(np.float32)), "TIFF"), "float32"),
-    "signed": (raw_tiff(np.arange(1200).reshape(30, 40).astype(np.int16) - 600), "int16"),
-    "32 bits": (encoded(Image.fromarray(np.arange(1200).reshape(30, 40).astype(np.int32)), "TIFF"), "int32"),
-    "grey and alpha": (encoded(RGBA.convert("LA"), "TIFF"), "alpha"),
-    "TGA": (encoded(RGB, "TGA"), "OpenCV"),
-    "PCX": (encoded(RGB, "PCX"), "OpenCV"),
-    "ICO": (encoded(RGB, "ICO"), "OpenCV"),
-    "cut": (LOSSLESS["PNG"][:40], "OpenCV"),
-    "nothing": (b"", "OpenCV"),
-    "text": (b"not an image at all", "OpenCV"),
+    "floats": (encoded(Image.fromarray(np.linspace(0, 1, 1200).reshape(30, 40).astype(np.float32)), "TIFF"), "unsign"),
+    "signed": (raw_tiff(np.arange(1200).reshape(30, 40).astype(np.int16) - 600), "unsigned"),
+    "signed of 8 bits": (tiff(EIGHT[:, :, 0], 1, t339=[2]), "unsigned"),
+    "32 bits": (encoded(Image.fromarray(np.arange(1200).reshape(30, 40).astype(np.int32)), "TIFF"), "unsigned"),
+    "floats in a PFM": (b"Pf 2 1 -1.0\n" + struct.pack("<2f", 0, 1), "unsigned"),
+    "white is zero, in 16 bits": (tiff(65535 - DEEP[:, :, 0], 0), "zero as white"),
+    "12 bits": (tiff(DEEP[:, :, 0], 1, t258=[12]), "12 bits"),
+    "planes of 16 bits": (tiff(DEEP[:, :, :3], 2, planar=True), "as Pillow"),
+    "CMYK of 16 bits": (tiff(DEEP, 5), "as Pillow"),
+    "fourth of 16 bits is unspecified": (tiff(DEEP, 2, t338=[0]), "as Pillow"),
+    "PPM up to 1023": (b"P6 1 1 1023\n\0\0\x01\xf4\x03\xff", "as Pillow"),
+    "JPEG 2000, fourth is not named": (encoded(RGBA, "JPEG2000", no_jp2=True), "fourth"),
+    "TGA": (encoded(RGB, "TGA"), "TGA is not supported"),
+    "PCX": (encoded(RGB, "PCX"), "PCX is not supported"),
+    "ICO": (encoded(RGB, "ICO"), "ICO is not supported"),
+    "cut": (LOSSLESS["PNG"][:40], "Pillow"),
+    "half a JPEG": (LOSSY["JPEG"][: len(LOSSY["JPEG"]) // 2], "runcated"),
+    "nothing": (b"", "Pillow"),
+    "text": (b"not an image at all", "Pillow"),
 }
 
 

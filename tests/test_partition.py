@@ -18,10 +18,12 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 from libs import UserError
+from plumbing.laptop import pictures
 
 import cv2
 import matplotlib
@@ -32,6 +34,7 @@ import torch
 from helpers import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
 import partition
@@ -192,6 +195,43 @@ def test_partition_png_shows_each_class_of_each_client_as_high_as_its_count(make
     colours = [np.round(np.array(colour) * 255) for colour in TABLEAU]
     pixels = np.array([[np.all(bar == colour, axis=2).sum() for colour in colours] for bar in bars])
     assert np.allclose(pixels / pixels.sum(), split / split.sum(), atol=0.01), (pixels, split)
+
+
+@pytest.fixture
+def legend(monkeypatch):
+    """The names in the legends of the pictures that are drawn."""
+    names, real = [], Figure.legend
+
+    def legend(figure, handles, labels, **kwargs):
+        drawn = real(figure, handles, labels, **kwargs)
+        names.extend(text.get_text() for text in drawn.get_texts())
+        return drawn
+
+    monkeypatch.setattr(Figure, "legend", legend)
+    return names
+
+
+def test_names_of_classes_are_drawn_as_they_are_whatever_letters_they_have(tmp_path, legend):
+    classes = ["_unknown_", "$10-$20", "rich $_$ face", "a\x1b[2J\nb", "\u732b", "\udcff", "x" * 99]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.draw_split(tmp_path / "x.png", "$_$ \u732b", [[1, 0, 3, 1, 1, 1, 1], [0, 2, 0, 1, 1, 1, 1]], classes)
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    names = ["_unknown_", r"\$10-\$20", r"rich \$_\$ face", "a?[2J b", "\u732b", "?", "x" * 29 + "…"]
+    assert [name.strip() for name in legend[::-1]] == names
+
+
+def test_thousand_classes_of_a_thousand_clients_are_drawn_in_seconds(tmp_path):
+    split, started = np.random.RandomState(0).multinomial(500, np.full(1000, 1e-3), 1000), time.monotonic()
+    pictures.draw_split(tmp_path / "x.png", "many", split.tolist(), [str(label) for label in range(1000)])
+    assert time.monotonic() - started < 20
+
+
+def test_picture_that_fails_does_not_fail_the_run(make, shapes_zip, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: 1 / 0)
+    folder = make("Tiny", "--source", shapes_zip, "--num_clients", 2)
+    assert (folder / "dataset.json").exists() and not (folder / "partition.png").exists()
+    assert "warning: draw_split failed, so its picture is missing: division by zero" in capsys.readouterr().out
 
 
 def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, shapes_zip):
@@ -520,6 +560,46 @@ def test_labels_of_idx_files_are_names_and_those_of_fashion_mnist_have_theirs(ma
     classes = json.loads((folder / "dataset.json").read_text())["classes"]
     assert (len(classes), classes[1], classes[7]) == (10, "Trouser", "Sneaker")
     assert set(pd.concat(shards(folder))["label"]) == {1, 7}
+
+
+def test_emnist_is_turned_upright_and_named_by_its_mapping(make, tmp_path):
+    files, names = idx_files(), {"train": "train", "t10k": "test"}
+    for name, data in files.items():
+        split, _, rest = name.partition("-")
+        if "images" in name:
+            data = idx(np.frombuffer(data[16:], np.uint8).reshape(-1, 32, 32).transpose(0, 2, 1))
+        (tmp_path / f"emnist-letters-{names[split]}-{rest}").write_bytes(data)
+    classes = json.loads((make("Plain", "--source", tmp_path, "--num_clients", 2) / "dataset.json").read_text())[
+        "classes"
+    ]
+    assert classes == ["0", "1", "2", "3", "4"]
+    (tmp_path / "emnist-letters-mapping.txt").write_text("".join(f"{n} {65 + n} {97 + n}\n" for n in range(5)))
+    (tmp_path / "emnist-digits-mapping.txt").write_text("0 48\n")
+    folder = make("Letters", "--source", tmp_path, "--num_clients", 2)
+    assert json.loads((folder / "dataset.json").read_text())["classes"] == ["A", "B", "C", "D", "E"]
+    written = {image.tobytes(): label for label, image in images(folder, "train")}
+    upright = np.frombuffer(files["train-images-idx3-ubyte"][16:], np.uint8).reshape(-1, 32, 32)
+    assert [written[image.tobytes()] for image in upright] == [n % 5 for n in range(30)]
+
+
+def test_qmnist_has_its_labels_first_in_rows_of_int32(make, tmp_path):
+    for name, data in idx_files().items():
+        name = "qmnist-" + name.replace("t10k", "test")
+        if "labels" in name:
+            rows = np.random.RandomState(0).randint(0, 2**30, (len(data) - 8, 8))
+            rows[:, 0] = np.frombuffer(data[8:], np.uint8)
+            name = name.replace("idx1-ubyte", "idx2-int")
+            data = struct.pack(">BBBBII", 0, 0, 12, 2, *rows.shape) + rows.astype(">i4").tobytes()
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+    folder = make("QMNIST", "--source", tmp_path, "--num_clients", 2)
+    assert sorted(label for label, _ in images(folder, "train")) == sorted(n % 5 for n in range(30))
+
+
+def test_idx_labels_outside_the_named_classes_are_refused_in_a_test_set_too(make, tmp_path):
+    for name, data in {**idx_files(), "t10k-labels-idx1-ubyte": idx(np.full(10, 12))}.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match="label 12 in its test set, which is none of T-shirt/top"):
+        make("FashionMNIST", "--source", tmp_path, "--num_clients", 2)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,15 @@ def test_no_figure_that_a_device_can_send_ends_the_drawing(tmp_path, value):
     assert list(pd.read_csv(tmp_path / "history.csv")["fit_loss"]) == [value, value]
 
 
+def test_pictures_that_fail_do_not_fail_the_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: 1 / 0)
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
+    record.add({"round": 1, **FIGURES}, get_arrays(record.model), {})
+    record.close()
+    assert "draw_metrics failed, so its picture is missing: division by zero" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 1 and (tmp_path / "server.ptl").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables, as a power cut, a full disk or another version of the suite leaves them.
 

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 LINES = (ROOT / "requirements.txt").read_text().splitlines()
 REQUIREMENTS = [Requirement(line) for line in LINES if line and not line.startswith("#")]
-LAPTOP = {"matplotlib", "opencv-python-headless", "pandas", "wandb"}
+LAPTOP = {"matplotlib", "opencv-python-headless", "pandas", "pillow", "wandb"}
 DEVICE = {"filelock", "flwr", "numpy", "torch", "tqdm"}
 
 

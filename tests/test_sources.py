@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from helpers import images, tree
 
+import partition
+
 
 def png(value):
     """A picture that can be found again: 32×32 of one colour, and a PNG's bytes."""
@@ -122,7 +124,7 @@ def test_set_for_validation_beside_a_test_set_is_passed_over_and_said(read, caps
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("wrapped", ["", "flowers/"])
+@pytest.mark.parametrize("wrapped", ["", "flowers/", "train/", "flowers/Train/"])
 def test_source_without_a_test_set_is_split_by_class(read, capsys, mode, wrapped):
     files = layout(
         *(f"{wrapped}{name}/{n}.png" for name, count in (("ant", 20), ("bee", 5), ("cat", 2)) for n in range(count))
@@ -176,6 +178,20 @@ def test_spellings_of_one_class(read, capsys, mode):
     assert found == {("train" if n < 5 else "test", "Ant" if n in (0, 1, 2, 5) else composed, n) for n in range(8)}
     out = capsys.readouterr().out
     assert "spellings of one class" in out and "'ant' is 'Ant'" in out and "'ANT' is 'Ant'" in out
+
+
+@pytest.mark.parametrize("splits", [("train/", "test/"), ("",)])
+def test_upper_and_lower_case_are_two_classes_where_no_split_lacks_one(read, capsys, splits):
+    files = layout(*(f"{split}{name}/{n}.png" for split in splits for name in ("A", "a", "B") for n in range(4)))
+    found = content(read(files))
+    assert len(found) == len(files) and {name for _, name, _ in found} == {"A", "a", "B"}
+    assert "classes that differ in case alone: 'A' and 'a'\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_class_named_train(read, split):
+    files = layout(*(f"{split}{name}/{n}.png" for name in ("car", "plane", "train") for n in range(4)))
+    assert {name for _, name, _ in content(read(files))} == {"car", "plane", "train"}
 
 
 def zip_of_another_system(path, files, kind):
@@ -263,12 +279,14 @@ def test_cifars_folder_with_a_file_missing_is_named(make, tmp_path):
         (layout("1.png", "2.png"), ["train/<class>/*", "<class>/*", "2 in no folder"]),
         (layout("pictures/1.png", "pictures/2.png"), ["train/<class>/*", "2 in pictures/"]),
         (layout("train/1.png", "test/2.png"), ["train/<class>/*", "test/<class>/*", "1 in train/"]),
-        (layout("train/a/1.png", "train/b/2.png"), ["test/<class>/*", "2 in train/"]),
+        (layout("train/a/1.png", "train/b/2.png", "more/c/3.png"), ["test/<class>/*", "2 in train/, 1 in more/"]),
+        (layout("train/a/1.png", "train/b/test/2.png"), ["test/<class>/*", "2 in train/"]),
+        ({"cifar-10-python.tar.gz": b"x"}, ["none at all", "cifar-10-python.tar.gz: name such a file with --source"]),
         (layout("val/a/1.png", "val/b/2.png"), ["train/<class>/*", "2 in val/"]),
         (layout("a/train/1.png", "a/test/2.png", "b/train/3.png", "b/test/4.png"), ["train/<class>/*", "2 in a/"]),
         ({"data_batch_1.bin": b"x", "notes.txt": b"x"}, ["train/<class>/*", "none at all"]),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_layouts_that_are_not_known_are_described(read, files, words, mode):
     with pytest.raises(UserError) as caught:
@@ -287,6 +305,60 @@ def test_all_damaged_files_are_named_at_once(make, read, tmp_path, mode):
     assert text.endswith("…") and "train/bee/note.jpg" in text and "train/ant/bad05.png" in text
     assert [path.name for path in (tmp_path / "datasets").iterdir()] == ["Set"]
     assert tree(tmp_path / "datasets" / "Set") == before
+
+
+@pytest.mark.parametrize("mode", [None, "w:gz"])
+def test_damaged_files_are_skipped_where_it_is_asked_for(read, capsys, mode):
+    with pytest.raises(UserError, match="--skip_damaged"):
+        read({**PLAIN, "train/ant/0.png": png(0)[:50]}, mode)
+    damaged = dict.fromkeys(["train/ant/0.png", "train/bee/1.png", "test/ant/2.png"], png(5)[:50])
+    folder = read({**PLAIN, **damaged}, mode, "--skip_damaged")
+    assert content(folder) == {place for place in expected(PLAIN) if list(PLAIN)[place[2]] not in damaged}
+    info = json.loads((folder / "dataset.json").read_text())
+    assert (info["num_train"], info["num_test"], np.sum(info["split"], axis=0).tolist()) == (4, 5, [2, 2])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped damaged images: "))
+    assert all(name in line for name in damaged) and line.endswith("(3 in all)")
+
+
+@pytest.mark.parametrize(
+    "gone, words",
+    [
+        ("train/ant", "all training images of ant are damaged"),
+        ("test", "all images of the test set are"),
+        ("1.png", "2 is too many: 2"),
+    ],
+)
+def test_too_little_is_left_without_the_damaged_files(read, gone, words):
+    files = {name: png(0)[:50] if gone in name else image for name, image in PLAIN.items() if "2.png" not in name}
+    with pytest.raises(UserError, match=words):
+        read(files, None, "--skip_damaged")
+
+
+@pytest.mark.parametrize("content", [b"no archive at all", b"\x1f\x8b\x08\0 a damaged one"])
+def test_each_reader_is_asked_before_a_source_is_refused(make, tmp_path, monkeypatch, content):
+    source = tmp_path / "numbers.bin"
+    source.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .*numbers.bin as a folder, zip or tar: "):
+        make("Set", "--source", source, "--num_clients", 2)
+
+    def read_numbers(source, args):
+        assert source.read_bytes() == content
+        image = np.zeros((32, 32), np.uint8)
+        return ["zero"], 1, [(split, 4, [(image, 0)] * 4) for split in ("train", "test")], None
+
+    *others, last = partition.READERS
+    monkeypatch.setattr(partition, "READERS", (*others, read_numbers, last))
+    assert len(images(make("Set", "--source", source, "--num_clients", 2), "train")) == 4
+
+
+def test_names_of_files_cannot_command_the_terminal(read, make, capsys):
+    files = {name.replace("ant", "a\x1b[2Jnt"): image for name, image in PLAIN.items()}
+    read({**files, "train/bee/\x1b]0;x.txt": b"x"}, "zip")
+    make("Set", "--show")
+    with pytest.raises(UserError) as caught:
+        read({**files, "train/\x1b[2J/x.png": b"x"}, "zip")
+    shown = capsys.readouterr().out + str(caught.value)
+    assert "\x1b" not in shown and "a?[2Jnt" in shown and "?]0;x.txt" in shown and "?[2J/x.png" in shown
 
 
 def test_one_image_of_each_class_gives_no_test_set(read):
