@@ -331,6 +331,11 @@ def probe(host: str, port: int, root_certificate: Path | None) -> str | None:
     except ssl.SSLCertVerificationError as error:
         if error.verify_code == 9:  # X509_V_ERR_CERT_NOT_YET_VALID: a Pi without a clock has to ask the time first
             return f"the certificate of the server at {address} is not valid yet by this device's clock"
+        if error.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
+            raise UserError(
+                f"the certificate of the server at {address} has expired, by this device's clock: make a new one there "
+                "with deploy/make_certificates.sh"
+            ) from None
         raise UserError(
             f"the certificate of the server at {address} does not fit {root_certificate}: {error.verify_message}"
         ) from None
