@@ -9,6 +9,7 @@ import time
 import pandas as pd
 import psutil
 import pytest
+from helpers import tree
 
 
 @pytest.fixture
@@ -45,15 +46,17 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     output = (suite.root / "demo.log").read_text()
     assert output.count("CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10") == 1
     assert "Traceback" not in output and "round 2/2" in output
-    folder = suite.ckps("Shapes10")
+    folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()
     assert all("training is over" in (folder / f"client_{cid}.log").read_text() for cid in range(2))
 
 
-def test_ctrl_c_ends_all_processes_of_the_demo(suite, demo):
+def test_ctrl_c_ends_all_processes_of_the_demo_which_leaves_the_split_alone(suite, demo):
+    suite.partition("--dataset", "Shapes10", "--num_clients", 3, "--bundles")
+    before = tree(suite.root / "datasets" / "Shapes10")
     process = demo(DATASET="Shapes10", NUM_ROUNDS="1000")
-    history = suite.ckps("Shapes10") / "history.csv"
+    history = suite.ckps("demo-Shapes10") / "history.csv"
     until = time.monotonic() + 90
     while not history.exists():
         assert time.monotonic() < until and process.poll() is None, (suite.root / "demo.log").read_text()
@@ -63,4 +66,5 @@ def test_ctrl_c_ends_all_processes_of_the_demo(suite, demo):
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     assert process.wait(60) == 130
     assert not psutil.wait_procs(family, timeout=20)[1]
-    assert (suite.ckps("Shapes10") / "metrics.png").exists()
+    assert (suite.ckps("demo-Shapes10") / "metrics.png").exists()
+    assert tree(suite.root / "datasets" / "Shapes10") == before
