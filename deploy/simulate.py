@@ -4,7 +4,7 @@
     make simulate NUM_CLIENTS=1000 NUM_ROUNDS=20 ARGS="--fraction_fit 0.1 --seed 1"
     .venv-simulation/bin/python deploy/simulate.py --num_clients 100 --num_rounds 5
 
-Takes the flags of server.py, but those of its wire and --round_timeout. Cuts the dataset into as many shards first (100
+Takes the flags of server.py that have an effect where there is no wire. Cuts the dataset into as many shards first (100
 if --num_clients is not given), where it is not, but never one with bundles for devices; from the file or folder that
 SOURCE in the environment names, or from what it was cut from before. Leaves what server.py leaves. Ctrl-C ends it, and
 every process of Flower and Ray with it: finished rounds are saved, but the last pictures are not drawn.
