@@ -4,7 +4,7 @@
 # make bench   measure speed and memory beside their references
 # make soak    train under a hail of faults, and without
 # make deploy INVENTORY=shelf.ini     bring code, bundles and the service to all devices (ARGS, WHEELHOUSE can be set)
-# make status, logs, restart, stop    of all clients, likewise with INVENTORY
+# make status, logs, restart, stop    of all clients, likewise with INVENTORY; VERBOSE=1 shows all that Ansible says
 # make test-arm64    the README's steps for a device, on emulated ARM cores       (these three: as root, on Debian;
 # make test-deploy   make deploy to three booted systems, with power cuts          what they fetch or make once is
 # make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11              kept in ~/.cache/fl-iot)
@@ -14,46 +14,47 @@
 
 SETUP_PYTHON ?= python3
 PYTHON := .venv/bin/python
-INSTALL := @$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+VENV = @SETUP_PYTHON="$(SETUP_PYTHON)" bash deploy/make_venv.sh
+ifneq ($(dir $(lastword $(MAKEFILE_LIST))),./)
+$(error run make in the suite's folder, or as make -C FOLDER)
+endif
 
 .PHONY: setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
-export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE
+export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE VERBOSE INSECURE
 
 setup: .venv/setup
 
 .venv/setup: requirements.txt constraints.txt
-	@$(SETUP_PYTHON) -m venv .venv
-	@echo "installing requirements.txt into .venv; the first time this takes a minute or two"
-	$(INSTALL) --requirement requirements.txt
+	$(VENV) .venv --constraint constraints.txt --requirement requirements.txt
 	@touch $@
 
 .venv/setup-test: .venv/setup
-	$(INSTALL) hypothesis pillow psutil pytest ruff
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt hypothesis pillow psutil pytest ruff
 	@touch $@
 
 # Ray is for a laptop alone, and heavy: it has an environment of its own.
 .venv-simulation/setup: requirements.txt constraints.txt
-	@$(SETUP_PYTHON) -m venv .venv-simulation
-	@echo "installing requirements.txt and Ray into .venv-simulation; the first time this takes some minutes"
-	@.venv-simulation/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
-		--requirement requirements.txt "flwr[simulation]" hypothesis pillow psutil pytest
+	$(VENV) .venv-simulation --constraint constraints.txt --requirement requirements.txt "flwr[simulation]" hypothesis pillow psutil pytest
 	@touch $@
 
-simulate: .venv-simulation/setup
-	@.venv-simulation/bin/python deploy/simulate.py --dataset "$(or $(DATASET),CIFAR10)" $(NUM_CLIENTS:%=--num_clients %) \
-		$(NUM_ROUNDS:%=--num_rounds %) $(ARGS)
+SIMULATE = --dataset "$(or $(DATASET),CIFAR10)" $(NUM_CLIENTS:%=--num_clients %) $(NUM_ROUNDS:%=--num_rounds %) $(ARGS)
+
+simulate:
+	@$(SETUP_PYTHON) deploy/check_simulation.py $(SIMULATE)
+	@$(MAKE) --no-print-directory .venv-simulation/setup
+	@.venv-simulation/bin/python deploy/simulate.py $(SIMULATE)
 
 demo: .venv/setup
 	@bash deploy/demo.sh
 
 .venv-deploy/setup: deploy/requirements.txt
-	@$(SETUP_PYTHON) -m venv .venv-deploy
-	@.venv-deploy/bin/python -m pip install -qq --disable-pip-version-check --requirement deploy/requirements.txt
+	$(VENV) .venv-deploy --requirement deploy/requirements.txt
 	@touch $@
 
 PLAY = @test -n "$(INVENTORY)" || { echo "make $@ needs INVENTORY=FILE; deploy/inventory.example.ini is one" >&2; exit 2; }; \
+	test -e "$(INVENTORY)" || { echo "make $@: there is no inventory $(INVENTORY)" >&2; exit 2; }; \
 	ANSIBLE_CONFIG=deploy/ansible.cfg .venv-deploy/bin/ansible-playbook --inventory "$(INVENTORY)" $(ARGS)
-WHEELS = $(if $(WHEELHOUSE),--extra-vars "wheelhouse=$(WHEELHOUSE)")
+WHEELS = $(if $(WHEELHOUSE),--extra-vars '{"wheelhouse": "$(WHEELHOUSE)"}')
 
 deploy: .venv-deploy/setup
 	$(PLAY) $(WHEELS) deploy/deploy.yml
@@ -81,8 +82,7 @@ test-engines: .venv-simulation/setup
 	.venv-simulation/bin/python -m pytest -s tests/engines/simulation.py tests/engines/deployment.py
 
 test-newest: .venv-deploy/setup
-	@$(SETUP_PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install -qq --upgrade --requirement requirements.txt hypothesis pillow psutil pytest
+	$(VENV) .venv-newest --upgrade --requirement requirements.txt hypothesis pillow psutil pytest
 	.venv-newest/bin/python -m pip list --format freeze
 	.venv-newest/bin/python -m pytest
 	.venv-newest/bin/python -m pytest -s tests/engines/deployment.py

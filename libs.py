@@ -28,6 +28,7 @@ from plumbing.common.arguments import (
     number,
     plain_args,
     read_secret,
+    refuse_readable,
     split_address,
 )
 from plumbing.common.files import atomic_write, lock_file

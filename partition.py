@@ -4,11 +4,11 @@
     python partition.py --dataset Flowers --source flowers.zip --num_clients 4 --partition dirichlet --bundles
 
 Without --source, CIFAR10, CIFAR100, MNIST and FashionMNIST come from their official files in datasets/, which are
-downloaded if they are not there, and Shapes10 is drawn here. --source takes a folder, zip or tar: in the layout of
-CIFAR-10's or CIFAR-100's, or with four IDX files such as MNIST's, or with the images as train/<class>/* and
-test/<class>/*, or only as <class>/* or train/<class>/*. Images are brought to one size; a set of grey images alone is
-written with one channel. What an earlier run wrote for the dataset is replaced. --show writes nothing: it prints what
-is there.
+downloaded if they are not there, and Shapes10 is drawn here. --source takes one of these names, for a --dataset of
+another name; or a folder, zip or tar: in the layout of CIFAR-10's or CIFAR-100's, or with four IDX files such as
+MNIST's, or with the images as train/<class>/* and test/<class>/*, or only as <class>/* or train/<class>/*. Images are
+brought to one size; a set of grey images alone is written with one channel. What an earlier run wrote for the dataset
+is replaced. --show writes nothing: it prints what is there.
 """
 
 import argparse
@@ -651,13 +651,13 @@ def official_source(dataset):
 
 def open_source(args):
     """Choose the reader: (name of the source, its checksum or None, what the reader returned)."""
-    source = args.source
-    if source is None and args.dataset == "Shapes10":
-        return "built in", None, (*draw_shapes(), None)
-    if source is None and args.dataset not in OFFICIAL:
-        known = ", ".join((*OFFICIAL, "Shapes10"))
-        raise UserError(f"no source is built in for {args.dataset}, only for {known}: name one with --source")
-    source = source or official_source(args.dataset)
+    source, name, known = args.source, str(args.source or args.dataset), (*OFFICIAL, "Shapes10")
+    if source is None or (name in known and not source.exists()):
+        if name not in known:
+            raise UserError(f"no source is built in for {name}, only for {', '.join(known)}: name one with --source")
+        if name == "Shapes10":
+            return "built in", None, (*draw_shapes(), None)
+        source = official_source(name)
     target = (DATASETS / args.dataset).resolve()
     if source.resolve() == target or target in source.resolve().parents:
         raise UserError(f"--source {source} lies in {target}, which this run would replace: move it elsewhere")
@@ -673,7 +673,7 @@ def open_source(args):
             reason = reason or error
             continue
         if found:
-            return str(source), checksum, found
+            return str(source.absolute()), checksum, found
     raise UserError(f"cannot read {source} as a folder, zip or tar: {reason}")
 
 

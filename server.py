@@ -49,6 +49,7 @@ from libs import (
     printable,
     quiet_flower,
     read_secret,
+    refuse_readable,
     run_script,
     say,
     split_address,
@@ -99,8 +100,8 @@ def optional(parse):
     return lambda text: None if text == "off" else parse(text)
 
 
-def make_parser(description=__doc__):
-    """The parser of the command line."""
+def make_parser(description=__doc__, shown=None):
+    """The parser of the command line; its --help shows the flags named in `shown` alone, where that is given."""
     parser = new_parser(description)
     positive, seed = number(float, 0, inside=True), number(int, 0, 2**32 - 1)
     parser.add_argument("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
@@ -184,6 +185,9 @@ def make_parser(description=__doc__):
         type=optional(number(float, 0, 1)),
         help=f"end the run once test_accuracy, 0 to 1, was this or more in {LASTING} rounds in a row (default: off)",
     )
+    for action in parser._actions if shown else ():
+        if action.dest not in (*shown, "help"):
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -587,13 +591,17 @@ def is_far(address):
     return not (ip.is_loopback or ip.is_unspecified or (ip.version == 6 and ip.is_link_local))
 
 
+def decode_certificate(path):
+    """What the certificate in a file says, as ssl.SSLSocket.getpeercert has it; {} where that cannot be told."""
+    try:
+        return ssl._ssl._test_decode_cert(str(path))  # Python reads one's own in no other way
+    except Exception:
+        return {}
+
+
 def names_in_certificate(folder):
     """The names and addresses to which the certificate in `folder` is made out; [] where that cannot be told."""
-    try:
-        found = ssl._ssl._test_decode_cert(str(folder / "server.pem"))  # Python reads one's own in no other way
-        return [name for _, name in found["subjectAltName"]]
-    except Exception:
-        return []
+    return [name for _, name in decode_certificate(folder / "server.pem").get("subjectAltName", ())]
 
 
 def describe_client_command(args):
@@ -634,6 +642,15 @@ def read_certificates(folder):
     if folder is None:
         return None
     paths = [folder / name for name in ("ca.pem", "server.pem", "server.key")]
+    refuse_readable(paths[2], "key")
+    for path, remedy in zip(paths[:2], ("move it and ca.key away, and make new ones", "make a new one"), strict=True):
+        said = decode_certificate(path)
+        for name, past, problem in (("notAfter", True, "has expired"), ("notBefore", False, "is not valid yet")):
+            if name in said and (ssl.cert_time_to_seconds(said[name]) < time.time()) == past:
+                raise UserError(
+                    f"certificate {path} {problem}, by this machine's clock ({said[name]}): {remedy} with "
+                    "deploy/make_certificates.sh"
+                )
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(paths[1], paths[2])
         ssl.create_default_context(cafile=paths[0])

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # The whole suite on one machine: partition, one server, NUM_CLIENTS clients. Run by `make demo`, or as
 #     DATASET=Shapes10 NUM_CLIENTS=4 NUM_ROUNDS=5 bash deploy/demo.sh
+# Its dataset is named demo-DATASET, so that no split that devices have is replaced.
 set -u
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
+case ${SOURCE:-/} in /*) ;; *) [ ! -e "$SOURCE" ] || SOURCE=$PWD/$SOURCE ;; esac
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
-num_clients=${NUM_CLIENTS:-4} num_rounds=${NUM_ROUNDS:-5} dataset=${DATASET:-CIFAR10}
+num_clients=${NUM_CLIENTS:-4} num_rounds=${NUM_ROUNDS:-5}
+source=${SOURCE:-${DATASET:-CIFAR10}} dataset=demo-${DATASET:-CIFAR10}
 export OMP_NUM_THREADS=1 # several torch processes share this machine
 
 partition() {
-    "$python" partition.py --dataset "$dataset" --num_clients "$num_clients" ${SOURCE:+--source "$SOURCE"}
+    "$python" partition.py --dataset "$dataset" --num_clients "$num_clients" --source "$source"
 }
 
 processes=()
@@ -19,7 +23,7 @@ trap 'exit 143' TERM
 if ! partition; then
     [ -z "${DATASET:-}${SOURCE:-}" ] || exit 2
     echo "CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10, which is drawn here"
-    dataset=Shapes10
+    source=Shapes10 dataset=demo-Shapes10
     partition || exit 2
 fi
 

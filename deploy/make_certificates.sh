@@ -4,13 +4,18 @@
 # that is there already is kept, so that the clients' ca.pem stays good.
 #     deploy/make_certificates.sh 192.168.1.10 laptop.local
 set -eu
-if [ $# -eq 0 ]; then
-    echo "usage: $0 ADDRESS..." >&2
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
+fail() {
+    echo "make_certificates.sh: $*" >&2
     exit 2
-fi
+}
+[ $# -gt 0 ] || fail "name each ADDRESS by which clients call the server (see --help)"
 names=
 for address in "$@"; do
     case $address in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+    -*) fail "there is no option $address (see --help)" ;;
+    '' | *[!a-zA-Z0-9.:_-]*) fail "$address is neither a name nor an IP address" ;;
     *[!0-9.]*) kind=DNS ;;
     *) kind=IP ;;
     esac
@@ -21,13 +26,17 @@ umask 077
 mkdir -p "$(dirname "$0")/../certificates"
 cd "$(dirname "$0")/../certificates"
 log=$(mktemp)
-trap 'rm -f "$log" server.csr server.ext' EXIT
+trap 'rm -f "$log" server.csr server.ext ca.srl ./*.part' EXIT
 quietly() {
-    "$@" 2>"$log" || { cat "$log" >&2; exit 1; }
+    "$@" 2>"$log" || fail "openssl: $(tail -n 1 "$log")"
 }
-[ -f ca.key ] || quietly openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=FL-IoT certificate authority" \
-    -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key -out ca.pem
-quietly openssl req -newkey rsa:3072 -nodes -subj "/CN=FL-IoT server" -keyout server.key -out server.csr
+command -v openssl >/dev/null || fail "there is no openssl: sudo apt-get install openssl"
+if [ ! -f ca.key ]; then
+    quietly openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -subj "/CN=FL-IoT certificate authority" \
+        -addext "keyUsage=critical,keyCertSign,cRLSign" -keyout ca.key.part -out ca.pem
+    mv ca.key.part ca.key
+fi
+quietly openssl req -newkey rsa:3072 -nodes -subj "/CN=FL-IoT server" -keyout server.key.part -out server.csr
 cat >server.ext <<EOF
 subjectAltName=$names
 basicConstraints=CA:FALSE
@@ -36,6 +45,7 @@ extendedKeyUsage=serverAuth
 authorityKeyIdentifier=keyid
 EOF
 quietly openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 825 -extfile server.ext \
-    -out server.pem
-rm -f ca.srl
+    -out server.pem.part
+mv server.key.part server.key
+mv server.pem.part server.pem
 echo "certificates/ holds ca.pem (give it to the clients), server.pem, server.key (for the server), ca.key (keep it)"

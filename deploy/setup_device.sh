@@ -4,8 +4,10 @@
 #     bash deploy/setup_device.sh
 #     bash deploy/setup_device.sh --check                         only say whether there is something to do (exit code 1)
 #     PYTHON=python3.8 bash deploy/setup_device.sh                another Python than python3
-#     WHEELHOUSE=/media/usb/wheels bash deploy/setup_device.sh    without a network: a folder of wheels, or its address
+#     WHEELHOUSE=/media/usb/wheels bash deploy/setup_device.sh    without a network: a folder of wheels, or its https://
+#     WHEELHOUSE=http://… bash deploy/setup_device.sh --insecure  of which whoever is on the way can make something else
 set -u
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
 umask 022
 room=1500 room_beside_torch=500 room_tmp=600 # MB; .venv takes 824 and the downloads 182, where make test-arm64 runs
 
@@ -16,16 +18,24 @@ fail() {
 }
 free() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024) }'; } # MB
 
+check= insecure=
+for argument in "$@"; do
+    case $argument in
+    --check) check=yes ;;
+    --insecure) insecure=yes ;;
+    *) fail "unknown argument $argument: there are --check and --insecure" ;;
+    esac
+done
 wheelhouse=${WHEELHOUSE:-}
 case $wheelhouse in
-'' | *://*) ;;
+'' | https://*) ;;
+*://*)
+    [ "$insecure" ] || fail "WHEELHOUSE=$wheelhouse is not safe on the way: take https, a folder, or say --insecure"
+    say "warning: whoever is on the way to $wheelhouse can have this board run what they like"
+    ;;
 *) wheelhouse=$(cd "$wheelhouse" 2>/dev/null && pwd) || fail "WHEELHOUSE=$WHEELHOUSE is not a folder" ;;
 esac
 cd "$(dirname "$0")/.." || exit 2
-case $* in
-'' | --check) ;;
-*) fail "unknown argument $*: there is only --check" ;;
-esac
 if [ -e .venv/setup ]; then
     say "nothing to do: make setup has made .venv, with all that a client needs"
     exit 0
@@ -68,7 +78,7 @@ $packages"
 ready=.venv/device # written when everything was seen to work, and is on the card
 is_ready() { [ -x .venv/bin/python ] && [ "$(cat $ready 2>/dev/null)" = "$wanted" ]; }
 
-if [ "$*" = --check ]; then
+if [ "$check" ]; then
     is_ready && say "nothing to do" && exit 0
     say ".venv is to be made"
     exit 1
@@ -109,6 +119,7 @@ if [ "$(free "$tmp")" -lt $room_tmp ]; then
 fi
 options=(--no-cache-dir --disable-pip-version-check --prefer-binary)
 [ -z "$wheelhouse" ] || options+=(--no-index --find-links "$wheelhouse")
+[ -n "$wheelhouse" ] || [ "$torch" != none ] || options+=($(bash deploy/torch_index.sh "$python")) # two words or none
 case $wheelhouse in http://*) host=${wheelhouse#http://} && options+=(--trusted-host "${host%%/*}") ;; esac
 install() {
     .venv/bin/python -m pip install "${options[@]}" "$@" 2>$log && return

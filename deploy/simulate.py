@@ -4,7 +4,7 @@
     make simulate NUM_CLIENTS=1000 NUM_ROUNDS=20 ARGS="--fraction_fit 0.1 --seed 1"
     .venv-simulation/bin/python deploy/simulate.py --num_clients 100 --num_rounds 5
 
-Takes the flags of server.py, but those of its wire and --round_timeout. Cuts the dataset into as many shards first (100
+Takes the flags of server.py that have an effect where there is no wire. Cuts the dataset into as many shards first (100
 if --num_clients is not given), where it is not, but never one with bundles for devices; from the file or folder that
 SOURCE in the environment names, or from what it was cut from before. Leaves what server.py leaves. Ctrl-C ends it, and
 every process of Flower and Ray with it: finished rounds are saved, but the last pictures are not drawn.
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -31,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from libs import UserError, given_flags, printable, run_script, say  # noqa: E402
 
+from check_simulation import known_flags, why_not  # noqa: E402
+
 import server  # noqa: E402
-from data import describe_dataset  # noqa: E402
 
 TOOLS = Path(sys.executable).parent  # where flwr and flower-superlink are
 MARK = f"FL_IOT_SIMULATION={os.getpid()}"  # in the environment of all that is started here, and so of what that starts
@@ -53,14 +53,11 @@ QUIET = {
 
 def parse_args():
     """The arguments, and those of them that a Flower App takes, as its run config."""
-    parser = server.make_parser(__doc__)
+    problem, known = why_not(sys.argv[1:]), known_flags()
+    if problem:
+        raise UserError(problem)
+    parser = server.make_parser(__doc__, known)
     args, given = parser.parse_args(), given_flags(parser)
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        known = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
-    if given - set(known):
-        raise UserError(f"--{min(given - set(known))} has no effect in a simulation, which has no wire")
-    if args.round_timeout is not None:
-        raise UserError("--round_timeout has no meaning in a simulation, where clients wait for a core")
     settings = {name: "off" if value is None else value for name, value in vars(args).items() if name in given}
     settings["round_timeout"] = "off"  # also where the run to go on from had one
     if isinstance(args.resume, str):
@@ -72,20 +69,12 @@ def partition(dataset, num_clients):
     """Cut the dataset into `num_clients` shards, where it is not, and else as it was. Returns how many there are."""
     folder, settings = ROOT / "datasets" / dataset, {}
     if folder.is_dir():
-        there = describe_dataset(dataset, folder)["num_clients"]
-        if there is not None and num_clients in (None, there):
-            return there
-        if (folder / "bundles").is_dir():
-            raise UserError(
-                f"{dataset} is cut into {there} shards, and devices may have its bundles, which a new cut would make "
-                f"useless: cut it into {num_clients} by partition.py, or take another --dataset"
-            )
-        if there is None:
-            raise UserError(f"{dataset} has no dataset.json that partition.py wrote: cut it into {num_clients} by that")
         info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        if num_clients in (None, info["num_clients"]):
+            return info["num_clients"]
         settings = {name: info.get(name) for name in AS_BEFORE}
         settings["image_size"] = "x".join(map(str, info["image_size"])) if "image_size" in info else None
-        settings["source"] = info.get("source") if info.get("source") != "built in" else None
+        settings["source"] = info.get("source") if info.get("source") != "built in" else "Shapes10"
     if os.environ.get("SOURCE"):
         settings["source"] = os.environ["SOURCE"]
     num_clients = num_clients or 100

@@ -3,6 +3,8 @@
 Each script is started as a process a few times; for the many other cases it runs in this process, in the same way.
 """
 
+import contextlib
+import datetime
 import gzip
 import io
 import json
@@ -10,9 +12,11 @@ import pickle
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 
 import libs
@@ -23,6 +27,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from helpers import ROOT, write_images
 
 import client
@@ -544,6 +552,44 @@ def test_certificates(refuse, tmp_path):
         (folder / name).write_text("no certificate")
         refuse("server.py", ["--certificates", folder], folder)
         (folder / name).write_bytes(good[name])
+    (folder / "server.key").chmod(0o640)
+    refuse("server.py", ["--certificates", folder], f"chmod 600 {folder / 'server.key'}")
+
+
+@pytest.mark.parametrize("days, words", [((-9, -2), "has expired"), ((2, 9), "is not valid yet")])
+def test_certificates_out_of_date_are_said_on_both_sides(refuse, tmp_path, monkeypatch, days, words):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = certificate.not_valid_before(now + datetime.timedelta(days[0]))
+    certificate = certificate.not_valid_after(now + datetime.timedelta(days[1]))
+    for extension in (x509.SubjectAlternativeName([x509.DNSName("localhost")]), x509.BasicConstraints(True, None)):
+        certificate = certificate.add_extension(extension, critical=False)
+    certificate = certificate.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    for path in ("ca.pem", "server.pem"):
+        (tmp_path / path).write_bytes(certificate)
+    (tmp_path / "server.key").touch(0o600)
+    (tmp_path / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    refuse("server.py", ["--certificates", tmp_path], f"certificate {tmp_path / 'ca.pem'} {words}")
+    monkeypatch.undo()  # what keeps scripts from the network
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+
+    def answer():
+        with contextlib.suppress(OSError):
+            context.wrap_socket(listening.accept()[0], server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(20)
+        server_side = threading.Thread(target=answer)
+        server_side.start()
+        try:
+            said = client.probe("localhost", listening.getsockname()[1], tmp_path / "ca.pem")
+        except libs.UserError as error:
+            said = str(error)
+        server_side.join()
+    assert "the certificate of the server at localhost:" in said and words in said, said
 
 
 def test_addresses_that_cannot_be_listened_on(refuse):

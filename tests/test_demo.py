@@ -1,6 +1,9 @@
 """deploy/demo.sh, which `make demo` runs, from its first line to its end, and to its end by Ctrl-C."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import time
 import pandas as pd
 import psutil
 import pytest
+from helpers import ROOT, tree
 
 
 @pytest.fixture
@@ -45,15 +49,52 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     output = (suite.root / "demo.log").read_text()
     assert output.count("CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10") == 1
     assert "Traceback" not in output and "round 2/2" in output
-    folder = suite.ckps("Shapes10")
+    folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()
     assert all("training is over" in (folder / f"client_{cid}.log").read_text() for cid in range(2))
 
 
-def test_ctrl_c_ends_all_processes_of_the_demo(suite, demo):
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["NUM_CLIENTS=5"], "Shapes10 is cut into 4 shards, and devices may have its bundles"),
+        (["ARGS=--round_timeout 9"], "--round_timeout has no effect in a simulation"),
+    ],
+)
+def test_make_simulate_refuses_before_it_installs(suite, args, words):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, suite.root)
+    (suite.root / "datasets" / "Shapes10" / "bundles").mkdir(parents=True)
+    (suite.root / "datasets" / "Shapes10" / "dataset.json").write_text('{"num_clients": 4}')
+    command = ["make", "simulate", "DATASET=Shapes10", *args]
+    done = subprocess.run(command, cwd=suite.root, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and done.stderr.startswith(f"simulate.py: {words}"), done
+    assert not (suite.root / ".venv-simulation").exists()
+
+
+def test_help_of_the_simulation_shows_no_flag_that_it_refuses():
+    command = [sys.executable, ROOT / "deploy" / "simulate.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    flags = set(re.findall(r"--([a-z]\w+)", shown))
+    assert {"num_rounds", "fedbn"} < flags
+    sys.path.insert(0, str(ROOT / "deploy"))
+    from check_simulation import why_not
+
+    assert [flag for flag in flags if why_not(["--dataset", "Nowhere", f"--{flag}"])] == []
+
+
+def test_source_is_noted_so_that_it_is_found_from_any_folder(make, shapes_zip, monkeypatch):
+    monkeypatch.chdir(shapes_zip.parent)
+    info = json.loads((make("Tiny", "--source", shapes_zip.name, "--num_clients", 2) / "dataset.json").read_text())
+    assert info["source"] == str(shapes_zip)
+
+
+def test_ctrl_c_ends_all_processes_of_the_demo_which_leaves_the_split_alone(suite, demo):
+    suite.partition("--dataset", "Shapes10", "--num_clients", 3, "--bundles")
+    before = tree(suite.root / "datasets" / "Shapes10")
     process = demo(DATASET="Shapes10", NUM_ROUNDS="1000")
-    history = suite.ckps("Shapes10") / "history.csv"
+    history = suite.ckps("demo-Shapes10") / "history.csv"
     until = time.monotonic() + 90
     while not history.exists():
         assert time.monotonic() < until and process.poll() is None, (suite.root / "demo.log").read_text()
@@ -63,4 +104,5 @@ def test_ctrl_c_ends_all_processes_of_the_demo(suite, demo):
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     assert process.wait(60) == 130
     assert not psutil.wait_procs(family, timeout=20)[1]
-    assert (suite.ckps("Shapes10") / "metrics.png").exists()
+    assert (suite.ckps("demo-Shapes10") / "metrics.png").exists()
+    assert tree(suite.root / "datasets" / "Shapes10") == before

@@ -29,7 +29,7 @@ def ansible(*args, **kwargs):
 
 
 def changes(out):
-    return {name: int(count) for name, count in re.findall(r"^(\w+) .*changed=(\d+)", out, re.MULTILINE)}
+    return {name: int(count) for name, count in re.findall(r"^(\w+): done, (\d+) changed$", out, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("name", ["deploy.yml", "manage.yml"])
@@ -54,9 +54,26 @@ def test_what_is_copied_is_what_a_client_imports():
     assert all((ROOT / name).exists() for name in listed)
 
 
-def test_make_asks_for_the_inventory():
-    done = subprocess.run(["make", "-o", ".venv-deploy/setup", "status"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "make status needs INVENTORY=FILE" in done.stderr.splitlines()[0], done
+@pytest.mark.parametrize("verb", ["deploy", "status"])
+@pytest.mark.parametrize(
+    "inventory, words",
+    [
+        ([], "make {verb} needs INVENTORY=FILE"),
+        (["INVENTORY=shelff.ini"], "there is no inventory shelff.ini"),
+        (["INVENTORY=/dev/null"], "/dev/null: no device is named there, or it cannot be read"),
+    ],
+)
+def test_make_asks_for_an_inventory_with_devices(verb, inventory, words):
+    if not PLAYBOOK.exists():
+        pytest.skip("Ansible is not here: make .venv-deploy/setup")
+    command = ["make", "-o", ".venv-deploy/setup", verb, *inventory]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and words.format(verb=verb) in done.stderr.splitlines()[-2], done  # the last is make's
+
+
+def test_make_knows_no_other_folder_than_its_own(tmp_path):
+    done = subprocess.run(["make", "-f", ROOT / "Makefile"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "run make in the suite's folder" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
@@ -64,7 +81,7 @@ def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
     play = "- hosts: all\n  gather_facts: false\n  tasks:\n    - ansible.builtin.template:\n"
     play += f"        src: {ROOT}/deploy/fl-iot-client.service.j2\n        dest: '{tmp_path}/unit'\n"
     (tmp_path / "play.yml").write_text(play)
-    facts = {"cid": 3, "folder": "/home/pi/FL-IoT", "server_address": "LAPTOP_IP", "dataset_name": "CIFAR10"}
+    facts = {"cid": 3, "folder": "/home/pi/FL IoT", "server_address": "LAPTOP_IP", "dataset_name": "CIFAR10"}
     facts.update(runs="", ansible_python_interpreter=sys.executable)
     started = []
     for as_supernode in (True, False):
@@ -77,10 +94,15 @@ def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
     command = shlex.split(command)
     names = {"certificates/ca.pem": "ca.pem", "device_3": "supernode_key"}  # as the playbook copies them
     assert started[0] == [
-        "/home/pi/FL-IoT/.venv/bin/flower-supernode",
-        *(names.get(word, word) for word in command[1:]),
+        "/home/pi/FL IoT/.venv/bin/flower-supernode",
+        *(names.get(word, word).replace("FL-IoT", "FL IoT") for word in command[1:]),
     ]
-    assert started[1][1] == "client.py"
+    assert started[1][:2] == ["/home/pi/FL IoT/.venv/bin/python", "client.py"]
+    if shutil.which("systemd-analyze"):  # how exposed the service is, from 0 to 10
+        (tmp_path / "unit").rename(tmp_path / "unit.service")
+        command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", tmp_path / "unit.service"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture
@@ -145,6 +167,8 @@ def test_only_what_changed_is_copied(shelf, suite):
         for image in board.glob("datasets/Tiny/train/*.npy"):
             assert image.read_bytes() == (suite.root / "datasets" / "Tiny" / "train" / image.name).read_bytes()
         assert len(list(board.glob("datasets/Tiny/train/*.npy"))) == 300
+        modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in board.glob("datasets/**/*")}
+        assert modes == {True: 0o750, False: 0o640} and (board / "bundle.tar").stat().st_mode & 0o777 == 0o600
 
     before = {path: path.lstat().st_mtime_ns for path in suite.root.glob("pi */**/*")}
     done = shelf()
@@ -160,36 +184,82 @@ def test_only_what_changed_is_copied(shelf, suite):
 
 
 def test_the_end_says_which_failed_and_why(shelf, suite):
-    (suite.root / "datasets" / "Tiny" / "bundles" / "client_1.tar").unlink()
+    (suite.root / "pi 1").mkdir()
+    (suite.root / "pi 1" / "datasets").write_text("a file, where a folder is to be")
     with open(suite.root / "shelf.ini", "a") as file:
         file.write("[off]\npi2 cid=2 ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=1\n")
+    shutil.copy(suite.root / "datasets/Tiny/bundles/client_1.tar", suite.root / "datasets/Tiny/bundles/client_2.tar")
+    facts = suite.root / "datasets" / "Tiny" / "dataset.json"
+    facts.write_text(facts.read_text().replace('"num_clients": 2', '"num_clients": 3'))
     done = shelf()
-    assert done.returncode != 0 and changes(done.stdout)["pi0"] == 4, done
+    assert done.returncode != 0 and changes(done.stdout) == {"pi0": 4}, done
     last = done.stdout.strip().splitlines()[-2:]
-    assert re.fullmatch(
-        r"pi1 FAILED: look for the bundle: no .*/client_1.tar on this machine: run partition.py .*", last[0]
-    )
+    assert re.fullmatch(r"pi1 FAILED: unpack the bundle: mkdir: cannot create directory .datasets.: .*", last[0])
     # Ansible has either of the two words for it, as ssh gives up before or after it was written to.
     assert re.fullmatch(r"pi2 FAILED: not reached: .*(Connection refused|could not be sent).*", last[1])
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ((" cid=1", " cid=0"), "cid 0 is given to pi0 and pi1"),
-        ((" cid=1", ""), "no cid: give each device one in the inventory"),
-        (("server_address=", "# "), "no server_address: say in the inventory how the devices reach the server"),
-        (("dataset=", "supernode=true\ndataset="), "a SuperNode needs root_certificate and supernode_key"),
-        (
-            ("dataset=", "supernode=yes\nroot_certificate=a\nsupernode_key=b\nclient_flags=--verbose\ndataset="),
-            "client_flags: of client.py alone, not of a SuperNode",
-        ),
-        (("dataset=", "supernode_key=b\ndataset="), "supernode_key: of a SuperNode alone, with supernode=true"),
-    ],
-)
-def test_inventories_that_cannot_be_meant(shelf, suite, change, words):
+def test_what_the_laptop_can_see_is_said_before_a_device_is_touched(shelf, suite):
     inventory = suite.root / "shelf.ini"
-    inventory.write_text(inventory.read_text().replace(*change))
+    good = inventory.read_text()
+    inventory.write_text(good.replace(" cid=1", " cid=0").replace("dataset=", "secret_file=nowhere\ndataset="))
+    done = shelf()
+    assert done.returncode == 2 and done.stdout == "" and not list(suite.root.glob("pi *")), done
+    assert done.stderr.splitlines() == [
+        "pi0, pi1: cid 0 is given to pi0 and pi1",
+        f"pi0, pi1: secret_file {suite.root}/nowhere cannot be read on this machine: No such file or directory",
+    ]
+    inventory.write_text(good)
+    bundle = suite.root / "datasets" / "Tiny" / "bundles" / "client_1.tar"
+    bundle.write_bytes(bundle.read_bytes()[:-10000])
     done = shelf("--limit", "pi1")
-    assert done.returncode == 2 and f"pi1 FAILED: read the inventory: {words}" in done.stdout, done
-    assert not (suite.root / "pi 1").exists()
+    assert done.returncode == 2 and done.stderr.startswith(f"pi1: {bundle} is damaged, or not a bundle of Tiny"), done
+
+
+SUPERNODE = {"supernode": "yes", "root_certificate": "a", "supernode_key": "b", "client_flags": "--verbose"}
+MISTAKES = [  # in what the inventory says of the device with cid 1, None for what it leaves out; what is said
+    ({"cid": None}, "no cid: give each device one in the inventory"),
+    ({"cid": 2}, "cid 2 is not in the split of Tiny, which has 2 shards, 0 to 1"),
+    ({"cid": 1.5}, "cid 1.5 is not a whole number from 0 up"),
+    ({"cid": True}, "cid True is not a whole number from 0 up"),
+    ({"server_address": None}, "no server_address: say in the inventory how the devices reach the server"),
+    ({"server_adress": "laptop"}, "server_adress is not known: is server_address meant?"),
+    ({"server_address": "my laptop"}, "server_address my laptop is neither a name nor an IP address"),
+    ({"server_port": 80800}, "server_port 80800 is not a number from 1 to 65535"),
+    ({"dataset": 1.5}, "dataset is 1.5, not a text: put it in quotes"),
+    ({"dataset": ["Tiny"]}, 'dataset is ["Tiny"], not a text: put it in quotes'),
+    ({"dataset": "tiny"}, "no {root}/datasets/tiny/bundles/client_1.tar on this machine: run partition.py"),
+    ({"home": "fl-iot"}, "home fl-iot is not a folder from / on"),
+    ({"secret_file": "empty"}, "secret_file {root}/empty is empty"),
+    ({"root_certificate": "shelf.ini"}, "root_certificate {root}/shelf.ini is not a certificate"),
+    ({"supernode": "maybe"}, "supernode maybe is neither true nor false"),
+    ({"supernode": True}, "a SuperNode needs root_certificate and supernode_key"),
+    (SUPERNODE, "client_flags: of client.py alone, not of a SuperNode"),
+    ({"supernode_key": "b"}, "supernode_key: of a SuperNode alone, with supernode=true"),
+    ({"wheelhouse": "http://192.0.2.1/"}, "wheelhouse http://192.0.2.1/ is not safe on the way"),
+    ({"wheelhouse": "nowhere"}, "wheelhouse nowhere is not a folder with wheels on this machine"),
+    ({}, None),
+]
+
+
+def test_inventories_that_cannot_be_meant(suite, shapes_zip):
+    """All of them by the same Python as Ansible's, in one process."""
+    if not PLAYBOOK.exists():
+        pytest.skip("Ansible is not here: make .venv-deploy/setup")
+    suite.partition("--dataset", "Tiny", "--source", shapes_zip, "--num_clients", 2, "--bundles")
+    for name, content in (("empty", ""), ("shelf.ini", "[pis]")):
+        (suite.root / name).write_text(content)
+    good = {"cid": 1, "server_address": "192.0.2.1", "dataset": "Tiny", "ansible_host": "192.0.2.2", "my_own": [1]}
+    code = "import json, pathlib, sys; from shelf import check_shelf\nfor own in json.load(sys.stdin):\n"
+    code += "    print(json.dumps(check_shelf({'pi1': own}, ['pi1'], pathlib.Path(sys.argv[1]), True)))"
+    shelves = [{name: own for name, own in {**good, **change}.items() if own is not None} for change, _ in MISTAKES]
+    done = subprocess.run(
+        [PLAYBOOK.with_name("python"), "-c", code, suite.root],
+        **{"input": json.dumps(shelves), "capture_output": True, "text": True, "timeout": 60},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "deploy" / "callback_plugins")},
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(MISTAKES), done
+    for (change, words), problems in zip(MISTAKES, found, strict=True):
+        said = [problem.replace(str(suite.root), "{root}").startswith(words or "nothing") for problem in problems]
+        assert said == ([True] if words else []), (change, problems)

@@ -14,7 +14,7 @@ import time
 import zipfile
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tree
 from packaging.requirements import Requirement
 
 LINES = (ROOT / "requirements.txt").read_text().splitlines()
@@ -112,7 +112,8 @@ class Board:
         for path in (self.root / "deploy", self.wheels, self.bin):
             path.mkdir(parents=True)
         shutil.copy(ROOT / "requirements.txt", self.root)
-        shutil.copy(ROOT / "deploy" / "setup_device.sh", self.root / "deploy")
+        for name in ("setup_device.sh", "torch_index.sh"):
+            shutil.copy(ROOT / "deploy" / name, self.root / "deploy")
         for name, versions in STUBS.items():
             for version, code in versions:
                 write_wheel(self.wheels, name, version, code)
@@ -196,6 +197,78 @@ def test_full_card_is_said(board):
 
 def test_missing_wheelhouse_is_said(board):
     fails(board.setup(WHEELHOUSE="/nowhere"), "WHEELHOUSE=/nowhere is not a folder")
+
+
+def test_wheelhouse_that_anyone_on_the_way_can_change_is_said_aloud(board):
+    fails(board.setup(WHEELHOUSE="http://127.0.0.1:1/"), "http://127.0.0.1:1/ is not safe on the way.* --insecure")
+    done = board.setup("--insecure", WHEELHOUSE="http://127.0.0.1:1/", PIP_RETRIES="0")
+    assert "setup_device.sh: warning: whoever is on the way to http://127.0.0.1:1/" in done.stdout, done
+    assert done.returncode == 2 and "pip" in done.stderr
+
+
+def test_scripts_do_not_depend_on_the_shell_of_their_caller(board, tmp_path):
+    """CDPATH, aliases and functions, and the folder: relative paths are the caller's, the rest is the suite's."""
+    for folder in ("deploy", ".venv", "certificates"):
+        (tmp_path / "other" / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "make_certificates.sh", board.root / "deploy")
+    (tmp_path / "bashrc").write_text(
+        "shopt -s expand_aliases\nalias mkdir='echo mkdir' rm=false\ncd() { builtin cd \"$@\" && pwd; }\n"
+        f"export CDPATH={tmp_path}/other\n"
+    )
+    before = tree(tmp_path / "other")
+    env = {
+        **board.env,
+        "CDPATH": str(tmp_path / "other"),
+        "BASH_ENV": str(tmp_path / "bashrc"),
+        "WHEELHOUSE": "../wheels",
+    }
+    for script, *args in (["setup_device.sh"], ["make_certificates.sh", "127.0.0.1"]):
+        command = ["bash", f"deploy/{script}", *args]
+        done = subprocess.run(command, cwd=board.root, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done
+    assert (board.venv / "device").exists() and (board.root / "certificates" / "server.pem").exists()
+    assert tree(tmp_path / "other") == before
+
+
+def test_a_torch_without_cuda_is_looked_for_where_there_is_no_gpu(board):
+    def index(reached, gpu=False, machine="Linux x86_64"):
+        board.pretend("uname", machine)
+        runs = f"case $2 in nvidia-smi) exit {int(not gpu)};; *) exit {int(not reached)};; esac"
+        (board.bin / "timeout").write_text(f"#!/bin/sh\n{runs}\n")
+        (board.bin / "timeout").chmod(0o755)
+        (board.bin / "uname").write_text(f"#!/bin/sh\nset -- $1 {machine}\n[ $1 = -s ] && echo $2 || echo $3\n")
+        command = ["bash", ROOT / "deploy" / "torch_index.sh", sys.executable]
+        done = subprocess.run(command, env=board.env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and len(done.stderr.splitlines()) <= 1
+        return done.stdout.strip(), done.stderr
+
+    option, said = index(reached=True)
+    assert option == "--extra-index-url https://download.pytorch.org/whl/cpu" and "to download" in said
+    option, said = index(reached=False)
+    assert option == "" and "cannot be reached" in said and "3 GB to download" in said
+    option, said = index(reached=True, gpu=True)
+    assert option == "" and "3 GB to download" in said
+    assert index(reached=True, machine="Linux aarch64") == index(reached=True, machine="Darwin x86_64") == ("", "")
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("sys.version_info = (3, 10, 12)", "the laptop needs Python 3.11 or newer, and .* is 3.10: SETUP_PYTHON="),
+        ("sys.modules['ensurepip'] = None", r"cannot make environments: sudo apt-get install python3\.\d+-venv"),
+        (None, "there is no python3.99: sudo apt-get install"),
+    ],
+)
+def test_make_setup_says_in_one_line_what_the_laptop_lacks(tmp_path, code, words):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\n{code}")
+    for name in ("Makefile", "requirements.txt", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "SETUP_PYTHON": sys.executable if code else "python3.99"}
+    done = subprocess.run(["make", "setup", "-s"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / ".venv").exists(), done
+    (line, _) = done.stderr.splitlines()  # the last is make's own
+    assert line.startswith("make_venv.sh: ") and re.search(words, line), line
 
 
 def test_unknown_argument_is_said(board):

@@ -95,13 +95,18 @@ def find_folder(config: dict) -> Path:
     return Path(folder)
 
 
+def refuse_readable(path: Path, what: str) -> None:
+    """Raise UserError if the file `path`, a secret of the kind `what`, exists and others can read it."""
+    if HAS_MODE_BITS and path.exists() and path.stat().st_mode & 0o077:
+        raise UserError(f"{what} {path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+
+
 def read_secret(path: Path | None) -> bytes | None:
     """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
     if path is None:
         return None
     try:
-        if HAS_MODE_BITS and path.stat().st_mode & 0o077:
-            raise UserError(f"secret file {path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+        refuse_readable(path, "secret file")
         secret = path.read_bytes().strip()
     except OSError as error:
         raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None

@@ -42,7 +42,8 @@ def lay_suite(folder):
         shutil.copy(path, folder)
     leave_out = shutil.ignore_patterns("laptop", "sources", "__pycache__")
     shutil.copytree(ROOT / "plumbing", folder / "plumbing", ignore=leave_out)
-    shutil.copy(ROOT / "deploy" / "setup_device.sh", folder / "deploy")
+    for script in (ROOT / "deploy").glob("*.sh"):
+        shutil.copy(script, folder / "deploy")
     return folder
 
 
