@@ -16,6 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 import partition  # noqa: E402 (the suite's own modules lie beside the tests' folder)
 
+# With several workers, each of which takes file after file, the long ones come first.
+LONG = "test_faults", "test_record", "test_wandb", "test_skew", "test_handshake", "test_silent_cut", "test_setup_device"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture
 def suite(tmp_path):

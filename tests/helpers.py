@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -263,9 +264,11 @@ def wandb_id(folder):
 
 def wandb_records(folder):
     """The records of an offline run, read by wandb itself: [{"type": …, …}, …]."""
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return [json.loads(line) for line in printed.splitlines()]
+    command = [sys.executable, Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
+    with tempfile.TemporaryDirectory() as logs:
+        process = Process(command, f"{logs}/inspect", script_env(), "/")
+        assert process.wait() == 0, process
+        return [json.loads(line) for line in process.out.splitlines()]
 
 
 def wandb_history(folder):
