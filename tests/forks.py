@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import select
@@ -23,6 +24,12 @@ import sys
 import threading
 import types
 
+# With what flwr and wandb import only when they are used: the public API of wandb alone takes a second.
+PACKAGES = (
+    *("cv2", "filelock", "flwr.client", "flwr.proto.transport_pb2_grpc", "flwr.server", "grpc", "matplotlib.figure"),
+    *("matplotlib.backends.backend_agg", "numpy", "pandas", "PIL.PngImagePlugin", "requests", "torch", "tqdm"),
+    *("wandb.cli.cli", "wandb.sdk.launch", "yaml"),
+)
 MESSAGE = 1 << 18  # bytes that a request may have
 HEEDED = {signal.SIGINT, signal.SIGTERM}
 
@@ -90,18 +97,9 @@ def import_packages():
     """Import what takes a script its time to start, with the settings that libs.py has for it."""
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", GRPC_VERBOSITY="NONE")
     os.environ.update(OPENCV_LOG_LEVEL="SILENT", GRPC_DNS_RESOLVER="native")
-    import cv2  # noqa: F401
-    import filelock  # noqa: F401
-    import flwr.client  # noqa: F401
-    import flwr.proto.transport_pb2_grpc  # noqa: F401
-    import flwr.server  # noqa: F401
-    import grpc  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import pandas  # noqa: F401
-    import torch  # noqa: F401
-    import tqdm  # noqa: F401
-    import wandb  # noqa: F401
-
+    for name in PACKAGES:
+        with contextlib.suppress(ImportError):  # what is missing, the process that needs it says
+            importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1  # for a fork has no thread but the one that forks
 
 
