@@ -29,7 +29,8 @@ setup: .venv/setup
 	@touch $@
 
 .venv/setup-test: .venv/setup
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt hypothesis pillow psutil pytest ruff
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --constraint constraints.txt \
+		hypothesis pillow psutil pytest pytest-xdist ruff
 	@touch $@
 
 # Ray is for a laptop alone, and heavy: it has an environment of its own.
@@ -71,20 +72,23 @@ restart: .venv-deploy/setup
 stop: .venv-deploy/setup
 	$(PLAY) --tags stop deploy/manage.yml
 
+# Most tests wait, for time or for one another. The tests of a file share fixtures, so they stay on one worker.
+PARALLEL = --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: .venv/setup-test .venv-deploy/setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check --target-version py38 libs.py data.py nets.py engines.py client.py \
 		plumbing/__init__.py plumbing/common plumbing/device
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 test-engines: .venv-simulation/setup
 	.venv-simulation/bin/python -m pytest -s tests/engines/simulation.py tests/engines/deployment.py
 
 test-newest: .venv-deploy/setup
-	$(VENV) .venv-newest --upgrade --requirement requirements.txt hypothesis pillow psutil pytest
+	$(VENV) .venv-newest --upgrade --requirement requirements.txt hypothesis pillow psutil pytest pytest-xdist
 	.venv-newest/bin/python -m pip list --format freeze
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python -m pytest $(PARALLEL)
 	.venv-newest/bin/python -m pytest -s tests/engines/deployment.py
 
 bench: .venv/setup-test

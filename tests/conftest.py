@@ -1,5 +1,6 @@
 """Fixtures that several modules use; the helpers that are no fixtures are in helpers.py."""
 
+import os
 import shutil
 import sys
 
@@ -7,12 +8,20 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers import ROOT, SHARED, Suite, heed_signals, write_images  # noqa: E402
+from helpers import ROOT, SHARED, Process, Suite, heed_signals, write_images  # noqa: E402
 
 heed_signals()
+Process.forking = hasattr(os, "pidfd_open")  # on Linux
 sys.path.insert(0, str(ROOT))
 
 import partition  # noqa: E402 (the suite's own modules lie beside the tests' folder)
+
+# With several workers, each of which takes file after file, the long ones come first.
+LONG = "test_faults", "test_record", "test_wandb", "test_skew", "test_handshake", "test_silent_cut", "test_setup_device"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture

@@ -5,25 +5,45 @@ Only the standard library is imported at the top: a process that is measured (be
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
+
+import forks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
 
 
+HELD = []
+
+
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A free TCP port that no other call gives, in any process, as long as this one lives.
+
+    It is below those that a system gives to outgoing connections, and its number is taken by holding the same UDP port.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            held.bind(("127.0.0.1", port))
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        HELD.append(held)
+        return port
+    raise OSError("no port is free")
 
 
 def heed_signals():
@@ -41,14 +61,31 @@ def heed_signals():
 # The suite and its processes.
 
 
-class Process:
-    """A running script: its output as it grows, its signals, and its end, all bounded in time."""
+def script_env():
+    """The environment of the suite's processes."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return {**env, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1"}
 
-    def __init__(self, command, log, env, cwd, stdin=subprocess.DEVNULL):
+
+class Process:
+    """A running script: its output as it grows, its signals, and its end, all bounded in time.
+
+    In tests (conftest.py sets `forking`), Python is forked from a process that has imported the packages (forks.py),
+    unless its environment or its stdin is a special one, or the start is to be `real`.
+    """
+
+    forking = False
+
+    def __init__(self, command, log, env, cwd, stdin=subprocess.DEVNULL, real=False):
         self.log, self.errors = Path(f"{log}.out"), Path(f"{log}.err")
-        with open(self.log, "w") as out, open(self.errors, "w") as err:
+        real = real or not self.forking or command[0] != sys.executable or stdin != subprocess.DEVNULL
+        real = real or forks.at_import(env) != forks.at_import(script_env())
+        with open(self.log, "w") as out, open(self.errors, "w") as err, open(os.devnull) as null:
             self.started = time.monotonic()
-            self.popen = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, env=env, cwd=cwd, text=True)
+            if real:
+                self.popen = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, env=env, cwd=cwd, text=True)
+            else:
+                self.popen = forks.Forked(command, (null, out, err), env, cwd)
         self.pid = self.popen.pid
 
     @property
@@ -83,7 +120,7 @@ class Process:
             raise AssertionError(f"still running after {timeout} s: {self}") from None
 
     def send(self, signum):
-        os.kill(self.pid, signum)
+        self.popen.send_signal(signum)
 
     def kill(self):
         if self.popen.poll() is None:
@@ -100,11 +137,10 @@ class Suite:
             shutil.copy(script, root)
         for folder in ("plumbing", "deploy"):
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-        self.env.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", PYTHONUNBUFFERED="1")
+        self.env = script_env()
 
     def start(self, script, *args, env=None, **kwargs):
-        """Start a script of the suite, or another one by its whole path, or `-c` with code."""
+        """Start a script of the suite, or another one by its whole path, or `-c` with code; `kwargs` are Process's."""
         log = self.root / f"process_{len(self.processes)}"
         command = [sys.executable, script if script == "-c" else self.root / script, *map(str, args)]
         process = Process(command, log, {**self.env, **(env or {})}, "/", **kwargs)
@@ -229,9 +265,11 @@ def wandb_id(folder):
 
 def wandb_records(folder):
     """The records of an offline run, read by wandb itself: [{"type": …, …}, …]."""
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return [json.loads(line) for line in printed.splitlines()]
+    command = [sys.executable, Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
+    with tempfile.TemporaryDirectory() as logs:
+        process = Process(command, f"{logs}/inspect", script_env(), "/")
+        assert process.wait() == 0, process
+        return [json.loads(line) for line in process.out.splitlines()]
 
 
 def wandb_history(folder):

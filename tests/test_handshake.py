@@ -199,7 +199,8 @@ def test_nothing_listens_but_what_was_asked_for(met):
 def test_flower_sends_telemetry_only_where_the_user_wants_it(suite, script):
     code = f"import sys; sys.path[0] = {str(suite.root)!r}; import {script}\n"
     code += "from flwr.supercore import telemetry; print(telemetry.FLWR_TELEMETRY_ENABLED)"
-    off, on = suite.start("-c", code), suite.start("-c", code, env={"FLWR_TELEMETRY_ENABLED": "1"})
+    off = suite.start("-c", code, real=True)
+    on = suite.start("-c", code, env={"FLWR_TELEMETRY_ENABLED": "1"})
     assert (off.wait(), on.wait()) == (0, 0)
     assert (off.out, on.out) == ("0\n", "1\n")
 

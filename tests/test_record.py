@@ -1,14 +1,11 @@
 """The record of a run: what its worker saves, in which order, how it ends, and how a later run goes on from it."""
 
 import contextlib
-import json
 import math
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -23,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import as_logged, start_patched
+from helpers import as_logged, start_patched, wandb_history
 
 import server
 from nets import LeNet5
@@ -252,13 +249,7 @@ record.server_test_fn = test
 
 def steps_of(suite):
     """What the folders of wandb hold, by wandb's own reader: {folder: [a step's figures, …]}."""
-    wandb, steps = str(Path(sys.executable).with_name("wandb")), {}
-    for folder in sorted((suite.root / "wandb").glob("*run-*")):
-        command = [wandb, "leet", "inspect", "--json", folder]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        records = map(json.loads, printed.splitlines())
-        steps[folder] = [record["history"]["item"] for record in records if record["type"] == "history"]
-    return steps
+    return {folder: wandb_history(folder) for folder in sorted((suite.root / "wandb").glob("*run-*"))}
 
 
 def assert_complete(suite, last):

@@ -3,9 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 from plumbing.device import machine
 
@@ -120,9 +117,7 @@ def test_clients_csv_and_wandb_have_what_each_client_told(tiny):
     assert said[1].endswith("power supply too weak, 2 of 2 rounds")
     assert said[2].endswith("throttled for heat, 2 of 2 rounds")
     (folder,) = (tiny.root / "wandb").glob("offline-run-*")
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    records = [json.loads(line) for line in printed.splitlines()]
+    records = wandb_records(folder)
     steps = [record["history"]["item"] for record in records if record["type"] == "history"]
     for cid in bits:
         assert [step[f"clients/{cid}/throttled"] for step in steps] == [bits[cid]] * 2
