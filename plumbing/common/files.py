@@ -36,7 +36,7 @@ def sync_folder(path: Path | str) -> None:
     Windows and some network drives cannot do that: there it does nothing, like SQLite.
     """
     with contextlib.suppress(OSError):
-        folder = os.open(path, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
         try:
             os.fsync(folder)
         finally:
