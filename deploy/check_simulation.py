@@ -23,8 +23,8 @@ def why_not(argv):
         if flag and not any(name.startswith(flag[1]) for name in (*known_flags(), "help")):
             return f"--{flag[1]} has no effect in a simulation (see --help)"
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--dataset", default="CIFAR10")
-    parser.add_argument("--num_clients")
+    parser.add_argument("--dataset", nargs="?", const="CIFAR10", default="CIFAR10")
+    parser.add_argument("--num_clients", nargs="?")
     args, _ = parser.parse_known_args(argv)
     folder = ROOT / "datasets" / args.dataset
     if not folder.is_dir():
