@@ -76,7 +76,7 @@ def test_make_simulate_refuses_before_it_installs(suite, args, words):
 def test_help_of_the_simulation_shows_no_flag_that_it_refuses():
     command = [sys.executable, ROOT / "deploy" / "simulate.py", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    flags = set(re.findall(r"--([a-z]\w+)", shown))
+    flags = set(re.findall(r"--((?:no-)?[a-z]\w+)", shown))
     assert {"num_rounds", "fedbn"} < flags
     sys.path.insert(0, str(ROOT / "deploy"))
     from check_simulation import why_not
