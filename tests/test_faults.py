@@ -84,6 +84,7 @@ def faulty(open_suite):
     play(suite, 4, {0: "nan", 1: "nan metric", 2: "shape"})
     for client in (first, second, third):
         client.wait_for("fit of round 4", count=2)
+    server.wait_for("round 3/6")
     suite.rows_before_round_4 = len(history(suite))
     play(suite, 4, {0: "", 1: "", 2: ""})
     second.wait_for("fit of round 5")
@@ -176,11 +177,14 @@ def test_missing_clients_are_named_at_decreasing_frequency(monkeypatch):
     assert said[0][1] == f"waiting for 30 of 30 clients: cid {', '.join(map(str, range(20)))}, …"
 
 
+TIMEOUT = 8  # seconds: time enough for the other client, also on a busy machine
+
+
 @pytest.fixture(scope="module")
 def frozen(open_suite):
     """Three rounds with two of three clients, one of which freezes: under training, and while it waits for work."""
     suite = open_suite("frozen")
-    rounds = ("--num_clients", 3, "--min_clients", 2, "--round_timeout", 4, "--num_rounds", 3)
+    rounds = ("--num_clients", 3, "--min_clients", 2, "--round_timeout", TIMEOUT, "--num_rounds", 3)
     server = start_patched(suite, "server", "import registry; registry.SETTLE = 1", *rounds)
     clients = [ordered_client(suite, cid, "--max_delay", 1) for cid in (0, 1)]
     clients[1].wait_for("fit of round 1", timeout=120)
@@ -209,12 +213,11 @@ def frozen(open_suite):
 
 def test_frozen_client_costs_its_round_and_no_longer_than_the_timeout(frozen):
     assert lines(frozen.server, "dropped cid") == [
-        "round 1: dropped cid 1: no answer within 4 s",
-        "round 2: dropped cid 1: no answer within 4 s",
+        f"round {current}: dropped cid 1: no answer within {TIMEOUT} s" for current in (1, 2)
     ]
     rows = history(frozen)
     assert list(rows["clients"]) == [1, 2, 2] and list(rows["failures"]) == [1, 1, 0]
-    assert (rows["round_seconds"][:2] >= 4).all() and (rows["round_seconds"][:2] < 15).all()
+    assert (rows["round_seconds"][:2] >= TIMEOUT).all() and (rows["round_seconds"][:2] < TIMEOUT + 11).all()
 
 
 def test_frozen_client_rejoins_when_it_thaws(frozen):
