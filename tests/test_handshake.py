@@ -150,7 +150,7 @@ def test_client_that_does_not_fit_is_turned_away_with_its_reason(met, who, reaso
 
 def test_second_process_for_a_cid_on_a_device_ends_at_its_start(met):
     line = one_line(met["refused"]["same process"])
-    assert line == "client.py: a client with --cid 0 is running on this device already"
+    assert line == "client.py: a client with --cid 0 is already running on this device"
     assert "connected" not in met["refused"]["same process"].out
 
 

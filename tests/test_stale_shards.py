@@ -44,7 +44,9 @@ def test_waiting_client_reads_the_new_shard(waited):
     laptop, near, _, second, codes = waited
     assert codes[:2] == [0, 0], second
     table = pd.read_csv(laptop.root / "datasets/Tiny/clients/client_0.csv")["phase"].value_counts()
-    assert lines(near, "read anew") == [f"the shard was read anew: {table['fit']} fit + {table['eval']} eval images"]
+    assert lines(near, "was read again") == [
+        f"the shard was read again: {table['fit']} fit + {table['eval']} eval images"
+    ]
     assert "cid 0 joined" in second.out and laptop.ids[0] != laptop.ids[1]
 
 
