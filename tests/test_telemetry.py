@@ -55,7 +55,7 @@ def test_machine_is_described(tmp_path):
 def test_client_says_what_it_runs_on(tiny):
     device = tiny.run("client.py", "--dataset", "Tiny", "--cid", 0, "--max_wait_time", 1, "--num_threads", 1)
     (line,) = [line for line in device.out.splitlines() if line.startswith("on ")]
-    for word in ("1 threads", "torch 2", "flwr 1", "Python 3", "MB free"):
+    for word in ("1 thread, torch 2", "flwr 1", "Python 3", "MB free"):
         assert word in line
 
 
