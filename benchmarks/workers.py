@@ -283,7 +283,7 @@ def plain_client(*args):
 
 def save_arrays(archive, folder):
     """Seconds to read the archive, and then to np.save all of its images, one a file."""
-    from partition import read_cifar
+    from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
     splits = read_cifar(Path(archive), None)[2]
@@ -308,7 +308,7 @@ def draw_archive(path):
     import pickle
     import tarfile
 
-    from partition import draw_shapes
+    from plumbing.sources.shapes import draw_shapes
 
     classes, _, splits = draw_shapes(50000, 10000)
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:

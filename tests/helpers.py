@@ -292,12 +292,12 @@ def wandb_steps(folder):
 
 def write_images(path, num_train, num_test):
     """A zip of drawn shapes as PNG files, in the layout that --source takes."""
+    from plumbing.sources.shapes import draw_shapes
+
     import cv2
 
-    import partition
-
     with zipfile.ZipFile(path, "w") as archive:
-        classes, _, splits = partition.draw_shapes(num_train, num_test)
+        classes, _, splits = draw_shapes(num_train, num_test)
         for split, _, drawn in splits:
             for index, (image, label) in enumerate(drawn):
                 png = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()

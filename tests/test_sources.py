@@ -12,13 +12,12 @@ import unicodedata
 import zipfile
 
 from libs import UserError
+from plumbing import sources
 
 import cv2
 import numpy as np
 import pytest
 from helpers import images, tree
-
-import partition
 
 
 def png(value):
@@ -346,8 +345,8 @@ def test_each_reader_is_asked_before_a_source_is_refused(make, tmp_path, monkeyp
         image = np.zeros((32, 32), np.uint8)
         return ["zero"], 1, [(split, 4, [(image, 0)] * 4) for split in ("train", "test")], None
 
-    *others, last = partition.READERS
-    monkeypatch.setattr(partition, "READERS", (*others, read_numbers, last))
+    *others, last = sources.READERS
+    monkeypatch.setattr(sources, "READERS", (*others, read_numbers, last))
     assert len(images(make("Set", "--source", source, "--num_clients", 2), "train")) == 4
 
 
