@@ -286,7 +286,7 @@ def save_arrays(archive, folder):
     from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
-    splits = read_cifar(Path(archive), None)[2]
+    splits = read_cifar(Path(archive), None).splits
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():
@@ -310,7 +310,7 @@ def draw_archive(path):
 
     from plumbing.sources.shapes import draw_shapes
 
-    classes, _, splits = draw_shapes(50000, 10000)
+    source = draw_shapes(50000, 10000)
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
 
         def add(name, what):
@@ -319,15 +319,15 @@ def draw_archive(path):
             member.size = len(payload)
             tar.addfile(member, io.BytesIO(payload))
 
-        for split, count, images in splits:
+        for split, count, images in source.splits:
             size = count // 5 if split == "train" else count
             for number in range(1, count // size + 1):
                 batch = [next(images) for _ in range(size)]
                 data = np.stack([image.transpose(2, 0, 1).reshape(-1) for image, _ in batch])
                 name = f"data_batch_{number}" if split == "train" else "test_batch"
                 add(name, {b"data": data, b"labels": [label for _, label in batch]})
-        add("batches.meta", {b"label_names": [name.encode() for name in classes]})
-    return {"classes": list(classes)}
+        add("batches.meta", {b"label_names": [name.encode() for name in source.classes]})
+    return {"classes": source.classes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -297,11 +297,11 @@ def write_images(path, num_train, num_test):
     import cv2
 
     with zipfile.ZipFile(path, "w") as archive:
-        classes, _, splits = draw_shapes(num_train, num_test)
-        for split, _, drawn in splits:
+        source = draw_shapes(num_train, num_test)
+        for split, _, drawn in source.splits:
             for index, (image, label) in enumerate(drawn):
                 png = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
-                archive.writestr(f"{split}/{classes[label]}/{index:04}.png", png)
+                archive.writestr(f"{split}/{source.classes[label]}/{index:04}.png", png)
     return path
 
 

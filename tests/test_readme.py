@@ -70,7 +70,7 @@ def test_five_lines_use_a_trained_model(tiny):
 def write_photos(folder, kind):
     """Shapes of three classes, enlarged and with grain: as PNGs in colour, in grey, or of 12 bits and not square."""
     rng = np.random.RandomState(0)
-    for split, _, drawn in draw_shapes(2000, 200)[2]:
+    for split, _, drawn in draw_shapes(2000, 200).splits:
         for index, (image, label) in enumerate(drawn):
             if label < 3:
                 image = cv2.resize(image, (144, 160), interpolation=cv2.INTER_CUBIC)

@@ -1,108 +1,112 @@
-"""IDX files, as MNIST, EMNIST, QMNIST and FashionMNIST come in."""
+"""IDX files, the format of MNIST, EMNIST, QMNIST and FashionMNIST."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import re
+from pathlib import Path
 
 from plumbing.common.process import UserError
 from plumbing.sources.archives import HIDDEN, UNREADABLE, list_members, some
+from plumbing.sources.source import Options, Source
 
 import numpy as np
 
-CLASSES = {  # of IDX files, which hold numbers alone
+CLASSES = {  # names for the labels, which are numbers
     "FashionMNIST": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 }
-
-
-IDX_NAME = re.compile(
+NAME = re.compile(
     r"(train|t10k|test).*(images[-._]idx3[-._]ubyte|labels[-._]idx(1[-._]ubyte|2[-._]int))(\.gz)?", re.IGNORECASE
 )
-IDX_TYPES = {"images": {"00000803": "u1"}, "labels": {"00000801": "u1", "00000c02": ">i4"}}  # how each file may begin
+MAPPING = re.compile(r"(emnist-.*)-mapping\.txt")
+TYPES = {"images": {"00000803": "u1"}, "labels": {"00000801": "u1", "00000c02": ">i4"}}  # first four bytes: dtype
 
 
-def parse_idx(data, types):
-    """The array that the bytes of an IDX file hold. `types` are its possible beginnings, as in IDX_TYPES.
+def parse_idx(data: bytes, types: dict[str, str]) -> np.ndarray:
+    """Return the array in the bytes of an IDX file, gzipped or not. `types` are as in TYPES. Raises ValueError.
 
     The format, http://yann.lecun.com/exdb/mnist: two zero bytes, the type (8: uint8, 12: int32), the number of axes,
-    the length of each as a big-endian uint32, the values. Raises ValueError.
+    the length of each as a big-endian uint32, the values.
     """
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     begin = data[:4].hex()
     start = 4 + 4 * data[3] if begin in types else 0
     if not start or len(data) < start:
-        raise ValueError(f"it begins with {begin} and not with {' or '.join(types)}, the type and number of axes")
+        raise ValueError(f"it begins with {begin}, not with {' or '.join(types)}, the type and number of axes")
     shape = np.frombuffer(data, ">u4", data[3], offset=4).tolist()
     count, rest = divmod(len(data) - start, np.dtype(types[begin]).itemsize)
     if count != math.prod(shape) or rest or 0 in shape:
-        raise ValueError(f"it has {count} values, and not {' times '.join(map(str, shape))}")
+        raise ValueError(f"it has {count} values, not {' times '.join(map(str, shape))}")
     return np.frombuffer(data, types[begin], offset=start).reshape(shape)
 
 
-def read_idx(source, args):
-    """Read four IDX files, gzipped or not, named as MNIST's are; None where none is there.
-
-    EMNIST's, which hold each image transposed, are known by their names; its mapping file names the classes. QMNIST's
-    labels are the first number of each row. Else classes are called by their labels, but for the datasets in CLASSES,
-    whose labels are the places in that list.
-    """
-    found, mappings = {}, {}  # (split, "images" or "labels"): (name, array); EMNIST's set: bytes
-    for name, opened in list_members(source):
-        file_name = name.rpartition("/")[2].lower()
-        match = IDX_NAME.search(file_name)
-        if any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
-            continue
-        if re.fullmatch(r"emnist-.*-mapping\.txt", file_name):
-            with opened() as file:
-                mappings[file_name[: -len("-mapping.txt")]] = file.read()
-        if not match:
-            continue
-        key = "train" if match[1] == "train" else "test", match[2][:6]
-        try:
-            with opened() as file:
-                array = parse_idx(file.read(), IDX_TYPES[key[1]])
-        except UNREADABLE as error:
-            raise UserError(f"{source}: {name} cannot be read: {error}") from None
-        if array.ndim == 2:
-            array = array[:, 0]
-        if array.ndim == 3 and "emnist" in file_name:
-            array = array.transpose(0, 2, 1)
-        if key in found and not np.array_equal(found[key][1], array):  # packed and unpacked, side by side, are the same
-            raise UserError(
-                f"{source} has {' and '.join(key)} twice: {found[key][0]} and {name}; name a folder with one set"
-            )
-        found[key] = name, array
+def read_idx(path: Path, options: Options) -> Source | None:
+    """Read four IDX files, gzipped or not, named as MNIST's are."""
+    found, mappings = find_files(path)
     if not found:
         return None
-    for key in ((split, kind) for split in ("train", "test") for kind in ("images", "labels")):
-        if key not in found:
-            there = some(sorted(name for name, _ in found.values()))
-            raise UserError(f"{source} lacks the IDX file with the {key[1]} for {key[0]}; it has {there}")
-    splits = {}
+    for split, kind in ((split, kind) for split in ("train", "test") for kind in ("images", "labels")):
+        if (split, kind) not in found:
+            names = some(sorted(name for name, _ in found.values()))
+            raise UserError(f"{path} lacks the IDX file with the {kind} for {split}; it has {names}")
+    arrays = {key: array for key, (_, array) in found.items()}
     for split in ("train", "test"):
-        (name, images), (_, labels) = found[split, "images"], found[split, "labels"]
-        if len(images) != len(labels):
-            raise UserError(f"{source}: {name} has {len(images)} images, and {len(labels)} labels belong to it")
-        splits[split] = images, labels
-    called = dict(enumerate(CLASSES.get(args.dataset, [])))
+        num_images, num_labels = len(arrays[split, "images"]), len(arrays[split, "labels"])
+        if num_images != num_labels:
+            raise UserError(f"{path}: {found[split, 'images'][0]} has {num_images} images, but {num_labels} labels")
+    called = dict(enumerate(CLASSES.get(options.dataset, [])))
     which = found["train", "labels"][0].rpartition("/")[2].lower().partition("-train-")[0]
     if which in mappings:
-        try:  # lines of a label and the codes of its letters, upper case first
-            rows = [line.split() for line in mappings[which].splitlines() if line.strip()]
-            called = {int(row[0]): chr(int(row[1])) for row in rows}
-        except (ValueError, IndexError, OverflowError) as error:
-            raise UserError(f"{source}: the mapping file of its classes cannot be read: {error}") from None
-    values = np.unique(splits["train"][1]).tolist()
+        called = parse_mapping(path, mappings[which])
+    values = np.unique(arrays["train", "labels"]).tolist()
     if not set(values) <= called.keys():
         called = {value: str(value) for value in values}
     values, classes = zip(*sorted(called.items()))
-    unknown = np.setdiff1d(splits["test"][1], values)
+    unknown = np.setdiff1d(arrays["test", "labels"], values)
     if len(unknown):
-        raise UserError(f"{source} has the label {unknown[0]} in its test set, which is none of {some(classes)}")
-    splits = [
-        (split, len(labels), zip(images, np.searchsorted(values, labels).tolist()))
-        for split, (images, labels) in splits.items()
-    ]
-    return classes, None, splits, None
+        raise UserError(f"{path} has the label {unknown[0]} in its test set, which is none of {some(classes)}")
+    splits = []
+    for split in ("train", "test"):
+        labels = np.searchsorted(values, arrays[split, "labels"]).tolist()
+        splits.append((split, len(labels), zip(arrays[split, "images"], labels)))
+    return Source(list(classes), splits)
+
+
+def find_files(path):
+    """Read all IDX files and EMNIST's mappings: {(split, "images" or "labels"): (name, array)}, {set: bytes}."""
+    found, mappings = {}, {}
+    for name, opened in list_members(path):
+        if any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
+            continue
+        file_name = name.rpartition("/")[2].lower()
+        mapping, match = MAPPING.fullmatch(file_name), NAME.search(file_name)
+        if mapping:
+            with opened() as file:
+                mappings[mapping[1]] = file.read()
+        if not match:
+            continue
+        key = split, kind = "train" if match[1] == "train" else "test", match[2][:6]
+        try:
+            with opened() as file:
+                array = parse_idx(file.read(), TYPES[kind])
+        except UNREADABLE as error:
+            raise UserError(f"{path}: {name} cannot be read: {error}") from None
+        if array.ndim == 2:  # QMNIST's rows about an image begin with its label
+            array = array[:, 0]
+        if array.ndim == 3 and "emnist" in file_name:  # EMNIST's images are transposed
+            array = array.transpose(0, 2, 1)
+        if key in found and not np.array_equal(found[key][1], array):  # a file and its .gz may be side by side
+            raise UserError(f"{path} has the {kind} for {split} twice, in {found[key][0]} and {name}: keep one")
+        found[key] = name, array
+    return found, mappings
+
+
+def parse_mapping(path, mapping):
+    """Return EMNIST's {label: letter} from lines of a label and the codes of its letters, upper case first."""
+    try:
+        rows = [line.split() for line in mapping.splitlines() if line.strip()]
+        return {int(row[0]): chr(int(row[1])) for row in rows}
+    except (ValueError, IndexError, OverflowError) as error:
+        raise UserError(f"{path}: the mapping file of its classes cannot be read: {error}") from None

@@ -1,4 +1,4 @@
-"""The official files of the well-known datasets, and their download."""
+"""The official files of well-known datasets, and their download."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import queue
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 from plumbing.common.files import atomic_write
 from plumbing.common.process import UserError
@@ -40,14 +41,14 @@ OFFICIAL = {  # dataset: (where its files are, {file: MD5})
 
 
 START_TIMEOUT = 10  # seconds until a download must have started
-STALL_TIMEOUT = 30  # seconds that a started download may be silent
+STALL_TIMEOUT = 30  # seconds without data until a download has failed
 
 
-def download(url, path, md5):
-    """Download `url` to `path`, which appears only when it is whole and its MD5 is right. Raises UserError."""
+def download(url: str, path: Path, md5: str) -> None:
+    """Download `url` to `path`, which exists only once it is complete and its MD5 is right. Raises UserError."""
     answers = queue.Queue()
 
-    def start():  # in a thread: looking up a host's name obeys no timeout
+    def start():  # in a thread, as no timeout limits the look-up of a host's name
         try:
             answers.put(urllib.request.urlopen(url, timeout=STALL_TIMEOUT))
         except Exception as error:
@@ -71,13 +72,13 @@ def download(url, path, md5):
                     digest.update(chunk)
                     bar.update(len(chunk))
             if digest.hexdigest() != md5:
-                raise UserError(f"{url} was not received whole (its MD5 is {digest.hexdigest()}): run this again")
+                raise UserError(f"{url} arrived incomplete or damaged (wrong MD5): run this again")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"the download of {url} broke off ({error}): run this again") from None
+        raise UserError(f"the download of {url} failed ({error}): run this again") from None
 
 
-def official_source(dataset, datasets):
-    """The official files of `dataset`, an archive or a folder in `datasets`; downloaded if they are not there."""
+def find_official(dataset: str, datasets: Path) -> Path:
+    """Return the official archive of `dataset` in `datasets`, or the folder of its files; download what is missing."""
     url, files = OFFICIAL[dataset]
     folder = datasets if len(files) == 1 else datasets / f"{dataset}-idx"
     folder.mkdir(exist_ok=True)
@@ -86,5 +87,5 @@ def official_source(dataset, datasets):
         if not path.exists():
             download(f"{url}/{name}", path, md5)
         elif file_md5(path) != md5:
-            raise UserError(f"{path} is not the official file (wrong MD5): delete it, or name it with --source")
+            raise UserError(f"{path} is not the official file (wrong MD5): delete it, or use it with --source")
     return path if len(files) == 1 else folder

@@ -1,13 +1,15 @@
-"""Shapes10, a dataset that is drawn here and needs no download."""
+"""Shapes10, a built-in dataset of drawn shapes."""
 
 from __future__ import annotations
+
+from plumbing.sources.source import Source
 
 import cv2
 import numpy as np
 
 
 def regular(corners, *radii):
-    """A polygon's corners as (radii, angles), at equal angles, with the radii in turn (all 1 without any)."""
+    """Return a polygon's corners as (radii, angles): equal angles, the radii in turn (1 without any)."""
     return np.resize(radii or (1,), corners), np.arange(corners) * 2 * np.pi / corners
 
 
@@ -24,7 +26,7 @@ POLYGONS = {
 
 
 def draw_shape(shape, rng):
-    """One 32×32 image of a shape, uint8 H×W×3: random place, size, turn, colours, and noise."""
+    """Draw a shape with random position, size, rotation, colours and noise: uint8 32×32×3."""
     back, fore = rng.randint(0, 100, 3), rng.randint(130, 256, 3)
     image = np.full((32, 32, 3), back, np.uint8)
     size, turn = rng.uniform(7, 13), rng.uniform(-0.3, 0.3)
@@ -46,7 +48,7 @@ def draw_shape(shape, rng):
 
 
 def draw_shapes(num_train=10000, num_test=2000, seed=0):
-    """The built-in dataset Shapes10: always the same images, so that two machines can compare what they see."""
+    """Draw Shapes10, the same images each time, so that figures of two machines can be compared."""
 
     def images(count, rng):
         for index in range(count):
@@ -55,4 +57,4 @@ def draw_shapes(num_train=10000, num_test=2000, seed=0):
 
     counts = {"train": num_train, "test": num_test}
     rng = np.random.RandomState(seed)
-    return SHAPES, 3, [(split, count, images(count, rng)) for split, count in counts.items()]
+    return Source(SHAPES, [(split, count, images(count, rng)) for split, count in counts.items()], channels=3)
