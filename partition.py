@@ -231,8 +231,8 @@ def write_tables(folder, images, shards, eval_fraction):
 
 def write_dataset(folder, args):
     """Write the whole dataset into the empty `folder`. Returns the shards, an int array of ids per client."""
-    options = Options(args.dataset, DATASETS, args.test_fraction or 0.2, args.seed, args.skip_damaged)
-    source = open_source(args.source, options)
+    options = Options(args.dataset, args.test_fraction or 0.2, args.seed, args.skip_damaged)
+    source = open_source(args.source, options, DATASETS)
     if args.test_fraction and not source.test_fraction:
         say("note: --test_fraction has no effect: the source has a test set")
     images = write_images(folder, source, args)

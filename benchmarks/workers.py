@@ -283,10 +283,11 @@ def plain_client(*args):
 
 def save_arrays(archive, folder):
     """Seconds to read the archive, and then to np.save all of its images, one a file."""
+    from plumbing.sources.archives import Archive
     from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
-    splits = read_cifar(Path(archive), None).splits
+    splits = read_cifar(Archive(Path(archive)), None).splits
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():

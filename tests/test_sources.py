@@ -281,7 +281,7 @@ def test_cifars_folder_with_a_file_missing_is_named(make, tmp_path):
         (layout("train/1.png", "test/2.png"), ["train/<class>/*", "test/<class>/*", "1 in train/"]),
         (layout("train/a/1.png", "train/b/2.png", "more/c/3.png"), ["test/<class>/*", "1 in more/, 2 in train/"]),
         (layout("train/a/1.png", "train/b/test/2.png"), ["test/<class>/*", "2 in train/"]),
-        ({"cifar-10-python.tar.gz": b"x"}, ["none at all", "cifar-10-python.tar.gz: name such a file with --source"]),
+        ({"cifar-10-python.tar.gz": b"x"}, ["none at all", "cifar-10-python.tar.gz: use such a file as --source"]),
         (layout("val/a/1.png", "val/b/2.png"), ["train/<class>/*", "2 in val/"]),
         (layout("a/train/1.png", "a/test/2.png", "b/train/3.png", "b/test/4.png"), ["train/<class>/*", "2 in a/"]),
         ({"data_batch_1.bin": b"x", "notes.txt": b"x"}, ["train/<class>/*", "none at all"]),
@@ -341,8 +341,8 @@ def test_each_reader_is_asked_before_a_source_is_refused(make, tmp_path, monkeyp
     with pytest.raises(UserError, match="cannot read .*numbers.bin as a folder, zip or tar: "):
         make("Set", "--source", source, "--num_clients", 2)
 
-    def read_numbers(path, options):
-        assert path.read_bytes() == content
+    def read_numbers(archive, options):
+        assert archive.path.read_bytes() == content
         image = np.zeros((32, 32), np.uint8)
         return Source(["zero"], [(split, 4, [(image, 0)] * 4) for split in ("train", "test")], channels=1)
 

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from plumbing.common.process import UserError, printable
@@ -24,40 +24,31 @@ UNREADABLE += (lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 HIDDEN = re.compile(r"\..*|__MACOSX|@eaDir|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # left behind by operating systems
 
 
-def is_zip(path):
-    """Whether `path` is a zip, and not a tar that ends with one."""
-    return zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
+class Archive:
+    """A folder, zip or tar."""
 
+    def __init__(self, path: Path, scratch: Path | None = None):
+        self.path, self.scratch = path, scratch  # scratch: folder for temporary files
 
-def list_members(source: Path):
-    """Yield (name with forward slashes, function that opens it) for each file in the folder, zip or tar `source`.
+    def __str__(self):
+        return str(self.path)
 
-    Open a tar's files as they are yielded; later they cannot be read. Raises UserError for an encrypted zip.
-    """
-    if source.is_dir():
-        yield from list_folder(source)
-    elif is_zip(source):
-        yield from list_zip(source)
-    else:
-        with tarfile.open(source, "r|*") as tar:
-            yield from list_tar(tar)
-
-
-def index_members(source: Path, scratch: Path) -> dict:
-    """Return {name: function that opens it} for each file in `source`, to be opened in any order.
-
-    A compressed tar is decompressed to a temporary file in the folder `scratch`.
-    """
-    if source.is_dir() or is_zip(source):
-        return dict(list_members(source))
-    tar = tarfile.open(source)
-    if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: going back would decompress it from the start
-        decompressed = tempfile.TemporaryFile(dir=scratch)
-        tar.fileobj.seek(0)
-        shutil.copyfileobj(tar.fileobj, decompressed)
-        decompressed.seek(0)
-        tar = tarfile.open(fileobj=decompressed)
-    return dict(list_tar(tar))
+    @cached_property
+    def files(self) -> dict:
+        """{name with forward slashes: function that opens it}. Raises UNREADABLE, or UserError for an encrypted zip."""
+        if self.path.is_dir():
+            return dict(list_folder(self.path))
+        if zipfile.is_zipfile(self.path) and not tarfile.is_tarfile(self.path):  # a tar can end with a zip
+            return dict(list_zip(self.path))
+        tar = tarfile.open(self.path)
+        if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: going back would decompress it from the start
+            decompressed = tempfile.TemporaryFile(dir=self.scratch)
+            tar.fileobj.seek(0)
+            shutil.copyfileobj(tar.fileobj, decompressed)
+            decompressed.seek(0)
+            tar = tarfile.open(fileobj=decompressed)
+        members = [member for member in tar if member.isfile() or member.islnk() or member.issym()]
+        return {member.name: partial(tar.extractfile, member) for member in members}
 
 
 def list_folder(source):
@@ -83,12 +74,6 @@ def list_zip(source):
                 name = name.encode("cp437").decode()
         if not name.endswith(("/", "\\")):
             yield name.replace("\\", "/"), partial(archive.open, member)
-
-
-def list_tar(tar):
-    for member in tar:
-        if member.isfile() or member.islnk() or member.issym():
-            yield member.name, partial(tar.extractfile, member)
 
 
 def some(names, count=10):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 from plumbing.common.process import UserError
-from plumbing.sources.archives import list_members
+from plumbing.sources.archives import Archive
 from plumbing.sources.source import Options, Source
 
 import numpy as np
@@ -34,9 +33,9 @@ class PlainUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def read_cifar(path: Path, options: Options) -> Source | None:
+def read_cifar(archive: Archive, options: Options) -> Source | None:
     """Read CIFAR-10's or CIFAR-100's files, with fine labels, without unpacking anything to disk."""
-    batches = load_batches(path)
+    batches = load_batches(archive)
     layout = next((layout for layout in LAYOUTS if layout in batches), None)
     if layout is None:
         return None
@@ -52,9 +51,9 @@ def read_cifar(path: Path, options: Options) -> Source | None:
                 raise ValueError(f"{name} has a label outside 0..{len(classes) - 1}")
             batches[name] = data, labels
     except KeyError as error:
-        raise UserError(f"{path} is incomplete: {error.args[0]!r} of {layout} is missing") from None
+        raise UserError(f"{archive} is incomplete: {error.args[0]!r} of {layout} is missing") from None
     except (ValueError, TypeError, AttributeError) as error:  # pickles of something else
-        raise UserError(f"{path} is damaged, or not {layout}: {error}") from None
+        raise UserError(f"{archive} is damaged, or not {layout}: {error}") from None
 
     def images(names):
         for name in names:
@@ -65,11 +64,11 @@ def read_cifar(path: Path, options: Options) -> Source | None:
     return Source(classes, [("train", num_train, images(train)), ("test", num_test, images([test]))], channels=3)
 
 
-def load_batches(path):
+def load_batches(archive):
     """Load all files that are named as CIFAR's: {layout: {name: what the pickle holds}}."""
     layout_of = {name: layout for layout, (train, *others) in LAYOUTS.items() for name in (*train, *others[:2])}
     batches = {}
-    for name, opened in list_members(path):
+    for name, opened in archive.files.items():
         name = name.rpartition("/")[2]
         if name in layout_of:
             with opened() as file:
@@ -78,6 +77,6 @@ def load_batches(path):
                 try:
                     batch = PlainUnpickler(file, encoding="bytes").load()
                 except Exception as error:  # unpickling damaged bytes can raise anything
-                    raise UserError(f"{path}: {name} is damaged, or not {layout_of[name]}: {error}") from None
+                    raise UserError(f"{archive}: {name} is damaged, or not {layout_of[name]}: {error}") from None
             batches.setdefault(layout_of[name], {})[name] = batch
     return batches

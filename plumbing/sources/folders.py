@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from contextlib import suppress
-from pathlib import Path
 
 from plumbing.common.images import decode_image
 from plumbing.common.process import UserError, say
-from plumbing.sources.archives import HIDDEN, UNREADABLE, index_members, some
+from plumbing.sources.archives import HIDDEN, UNREADABLE, Archive, some
 from plumbing.sources.source import Options, Source
 
 import numpy as np
@@ -22,20 +21,19 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 SPLITS |= dict.fromkeys(("val", "valid", "validation"), "val")
 
 
-def read_folders(path: Path, options: Options) -> Source:
+def read_folders(archive: Archive, options: Options) -> Source:
     """Read images as train/<class>/* and test/<class>/*, at any depth, or as <class>/* alone; classes in sorted order.
 
     Raises UserError where the layout is neither, and for damaged images, all at once, unless they are to be skipped.
     """
-    files = index_members(path, options.datasets)
-    places, others = sort_files(path, files)
+    places, others = sort_files(archive)
     if others:
         say(f"skipped, not images of a class: {some(others, 5)} ({len(others)} in all)")
     class_of = merge_spellings(set(places.values()))
     classes = sorted({class_of[folder] for split, folder in places.values() if split != "test"})
     unknown = {class_of[folder] for _, folder in places.values()} - set(classes)
     if unknown:
-        raise UserError(f"{path} has the class {min(unknown)} in test/ but not in train/")
+        raise UserError(f"{archive} has the class {min(unknown)} in test/ but not in train/")
     labels = {name: classes.index(class_of[folder]) for name, (_, folder) in places.items()}
     test_fraction = None
     names = {split: [name for name in labels if places[name][0] == split] for split in ("train", "test")}
@@ -43,19 +41,20 @@ def read_folders(path: Path, options: Options) -> Source:
         test_fraction = options.test_fraction
         in_test = split_off(np.array(list(labels.values())), test_fraction, options.seed)
         if not in_test.any():
-            raise UserError(f"{path} has one image of each class, so none for a test set")
-        say(f"{path} has no test set: {in_test.sum()} of {len(in_test)} images are split off as one")
+            raise UserError(f"{archive} has one image of each class, so none for a test set")
+        say(f"{archive} has no test set: {in_test.sum()} of {len(in_test)} images are split off as one")
         for split, chosen in (("train", ~in_test), ("test", in_test)):
             names[split] = [name for name, here in zip(labels, chosen) if here]
-    read = Reading(path, files, labels, classes)
-    return Source(classes, read.splits(names, options.skip_damaged), None, find_levels(files, labels), test_fraction)
+    levels = find_levels(archive.files, labels)
+    splits = Reading(archive, labels, classes).splits(names, options.skip_damaged)
+    return Source(classes, splits, levels=levels, test_fraction=test_fraction)
 
 
 class Reading:
     """Decodes the images, and remembers which are damaged or transparent."""
 
-    def __init__(self, path, files, labels, classes):
-        self.path, self.files, self.labels, self.classes = path, files, labels, classes
+    def __init__(self, archive, labels, classes):
+        self.archive, self.labels, self.classes = archive, labels, classes
         self.damaged, self.transparent, self.left = [], 0, {"train": set(), "test": set()}  # left: labels with an image
 
     def splits(self, names, skip_damaged):
@@ -69,7 +68,7 @@ class Reading:
     def images(self, split, names):
         for name in names:
             try:
-                with self.files[name]() as file:
+                with self.archive.files[name]() as file:
                     image = decode_image(file.read())
             except UNREADABLE as error:
                 self.damaged.append(f"{name} ({getattr(error, 'strerror', None) or error})")
@@ -83,23 +82,23 @@ class Reading:
         damaged = some(self.damaged)
         if not skip_damaged:
             count = f"{len(self.damaged)} of its images cannot be read (--skip_damaged skips them)"
-            raise UserError(f"{self.path}: {count}: {damaged}")
+            raise UserError(f"{self.archive}: {count}: {damaged}")
         lost = sorted({self.labels[name] for name in names["train"]} - self.left["train"])
         if lost:
             lost = some([self.classes[label] for label in lost])
-            raise UserError(f"{self.path}: all training images of {lost} are damaged: {damaged}")
+            raise UserError(f"{self.archive}: all training images of {lost} are damaged: {damaged}")
         if not self.left["test"]:
-            raise UserError(f"{self.path}: all images of the test set are damaged: {damaged}")
+            raise UserError(f"{self.archive}: all images of the test set are damaged: {damaged}")
         say(f"skipped damaged images: {damaged} ({len(self.damaged)} in all)")
 
 
-def sort_files(path, files):
-    """Tell the images of a class from other `files`: ({name: (split, name of the class's folder)}, names of others).
+def sort_files(archive):
+    """Tell the images of a class from other files: ({name: (split, name of the class's folder)}, names of others).
 
     The split is "train", "test", or None if the source has only <class>/* or train/<class>/*. Raises UserError, with
     what is there, for any other layout.
     """
-    images, others = find_images(files)  # {name: its folders and file, without those that all share}
+    images, others = find_images(archive.files)  # {name: its folders and file, without those that all share}
 
     def tops():
         return sorted({parts[0] for parts in images.values() if len(parts) > 1})
@@ -128,7 +127,7 @@ def sort_files(path, files):
         missing = [f"{split}/<class>/*" for split in ("train", "test") if roles and split not in splits]
         counts = [f"{sum(parts[0] == top for parts in images.values())} in {top}/" for top in tops()]
         loose = sum(len(parts) == 1 for parts in images.values())
-        raise wrong_layout(path, files, missing, counts + [f"{loose} in no folder"] * (loose > 0))
+        raise wrong_layout(archive, missing, counts + [f"{loose} in no folder"] * (loose > 0))
     return places, sorted(others)
 
 
@@ -153,12 +152,12 @@ def looks_like_image(opened):
     return False
 
 
-def wrong_layout(path, files, missing, counts):
+def wrong_layout(archive, missing, counts):
     """Return a UserError with the folders that are missing, and how many images are where."""
     expected = " or ".join(missing) or "train/<class>/* and test/<class>/*, or as <class>/* of two classes or more"
-    archives = [name for name in sorted(files) if re.search(r"\.(zip|tar|tgz|tar\.\w+)$", name, re.IGNORECASE)]
+    archives = [name for name in sorted(archive.files) if re.search(r"\.(zip|tar|tgz|tar\.\w+)$", name, re.IGNORECASE)]
     hint = f"; it contains {some(archives)}: use such a file as --source, or unpack it" if archives else ""
-    return UserError(f"{path} has no images as {expected}; images there: {some(counts) or 'none at all'}{hint}")
+    return UserError(f"{archive} has no images as {expected}; images there: {some(counts) or 'none at all'}{hint}")
 
 
 def merge_spellings(places):

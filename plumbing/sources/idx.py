@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import re
-from pathlib import Path
 
 from plumbing.common.process import UserError
-from plumbing.sources.archives import HIDDEN, UNREADABLE, list_members, some
+from plumbing.sources.archives import HIDDEN, UNREADABLE, Archive, some
 from plumbing.sources.source import Options, Source
 
 import numpy as np
@@ -42,31 +41,31 @@ def parse_idx(data: bytes, types: dict[str, str]) -> np.ndarray:
     return np.frombuffer(data, types[begin], offset=start).reshape(shape)
 
 
-def read_idx(path: Path, options: Options) -> Source | None:
+def read_idx(archive: Archive, options: Options) -> Source | None:
     """Read four IDX files, gzipped or not, named as MNIST's are."""
-    found, mappings = find_files(path)
+    found, mappings = find_files(archive)
     if not found:
         return None
     for split, kind in ((split, kind) for split in ("train", "test") for kind in ("images", "labels")):
         if (split, kind) not in found:
             names = some(sorted(name for name, _ in found.values()))
-            raise UserError(f"{path} lacks the IDX file with the {kind} for {split}; it has {names}")
+            raise UserError(f"{archive} lacks the IDX file with the {kind} for {split}; it has {names}")
     arrays = {key: array for key, (_, array) in found.items()}
     for split in ("train", "test"):
         num_images, num_labels = len(arrays[split, "images"]), len(arrays[split, "labels"])
         if num_images != num_labels:
-            raise UserError(f"{path}: {found[split, 'images'][0]} has {num_images} images, but {num_labels} labels")
+            raise UserError(f"{archive}: {found[split, 'images'][0]} has {num_images} images, but {num_labels} labels")
     called = dict(enumerate(CLASSES.get(options.dataset, [])))
     which = found["train", "labels"][0].rpartition("/")[2].lower().partition("-train-")[0]
     if which in mappings:
-        called = parse_mapping(path, mappings[which])
+        called = parse_mapping(archive, mappings[which])
     values = np.unique(arrays["train", "labels"]).tolist()
     if not set(values) <= called.keys():
         called = {value: str(value) for value in values}
     values, classes = zip(*sorted(called.items()))
     unknown = np.setdiff1d(arrays["test", "labels"], values)
     if len(unknown):
-        raise UserError(f"{path} has the label {unknown[0]} in its test set, which is none of {some(classes)}")
+        raise UserError(f"{archive} has the label {unknown[0]} in its test set, which is none of {some(classes)}")
     splits = []
     for split in ("train", "test"):
         labels = np.searchsorted(values, arrays[split, "labels"]).tolist()
@@ -74,10 +73,10 @@ def read_idx(path: Path, options: Options) -> Source | None:
     return Source(list(classes), splits)
 
 
-def find_files(path):
+def find_files(archive):
     """Read all IDX files and EMNIST's mappings: {(split, "images" or "labels"): (name, array)}, {set: bytes}."""
     found, mappings = {}, {}
-    for name, opened in list_members(path):
+    for name, opened in archive.files.items():
         if any(HIDDEN.fullmatch(part) for part in name.split("/") if part != "."):
             continue
         file_name = name.rpartition("/")[2].lower()
@@ -92,21 +91,21 @@ def find_files(path):
             with opened() as file:
                 array = parse_idx(file.read(), TYPES[kind])
         except UNREADABLE as error:
-            raise UserError(f"{path}: {name} cannot be read: {error}") from None
+            raise UserError(f"{archive}: {name} cannot be read: {error}") from None
         if array.ndim == 2:  # QMNIST's rows about an image begin with its label
             array = array[:, 0]
         if array.ndim == 3 and "emnist" in file_name:  # EMNIST's images are transposed
             array = array.transpose(0, 2, 1)
         if key in found and not np.array_equal(found[key][1], array):  # a file and its .gz may be side by side
-            raise UserError(f"{path} has the {kind} for {split} twice, in {found[key][0]} and {name}: keep one")
+            raise UserError(f"{archive} has the {kind} for {split} twice, in {found[key][0]} and {name}: keep one")
         found[key] = name, array
     return found, mappings
 
 
-def parse_mapping(path, mapping):
+def parse_mapping(archive, mapping):
     """Return EMNIST's {label: letter} from lines of a label and the codes of its letters, upper case first."""
     try:
         rows = [line.split() for line in mapping.splitlines() if line.strip()]
         return {int(row[0]): chr(int(row[1])) for row in rows}
     except (ValueError, IndexError, OverflowError) as error:
-        raise UserError(f"{path}: the mapping file of its classes cannot be read: {error}") from None
+        raise UserError(f"{archive}: the mapping file of its classes cannot be read: {error}") from None

@@ -1,18 +1,16 @@
-"""What a reader is given besides the path, and what it returns."""
+"""What a reader is given besides the archive, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass
 class Options:
-    """The flags of partition.py that readers need."""
+    """The flags of partition.py that a reader needs."""
 
     dataset: str  # its name
-    datasets: Path  # the folder datasets/, which has room for large temporary files
     test_fraction: float  # share of each class for the test set, where the source has none
     seed: int  # of the choice of the test set
     skip_damaged: bool  # skip images that cannot be read
