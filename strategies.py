@@ -17,12 +17,13 @@ import time
 from libs import np
 from plumbing.common.state import get_arrays
 from plumbing.laptop.checks import Checks, by_cid, is_number, size_of
+from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, cid_order
+from plumbing.laptop.record import Record
 
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
 from data import BATCH_SIZES
-from record import EVALUATE_METRICS, FIT_METRICS, Record, cid_order
 
 
 def metrics_aggregation_fn(results: list[tuple[int, dict]]) -> dict[str, float]:

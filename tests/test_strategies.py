@@ -1,5 +1,6 @@
 """What the server makes of the clients' results: means, checks, and the record, against means computed by hand."""
 
+import functools
 import math
 import threading
 import time
@@ -7,6 +8,8 @@ import time
 from plumbing.common.fast import Adam
 from plumbing.common.state import get_arrays, set_arrays
 from plumbing.laptop.checks import reaches
+from plumbing.laptop.history import FIT_METRICS
+from plumbing.laptop.record import Record
 
 import numpy as np
 import pandas as pd
@@ -17,11 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import record
 from data import BatchLoader
 from engines import client_fit_fn, server_test_fn
 from nets import LeNet5
-from record import FIT_METRICS
 from strategies import STRATEGIES, FedAvg, FedMedian, FedTrimmedAvg, Krum, metrics_aggregation_fn
 
 OK = Status(Code.OK, "")
@@ -675,7 +676,7 @@ def test_where_all_move_far_none_is_far_outside(fedavg, drops):
 def recorded(path, **options):
     """FedAvg with a record of its own options."""
     model = LeNet5(1, 2)
-    return FedAvg(model, record=record.Record(model, path, **options))
+    return FedAvg(model, record=Record(model, path, **options))
 
 
 def run_round(strategy, current, value=1.0):
@@ -723,7 +724,7 @@ def test_the_next_round_does_not_wait_for_the_test_of_the_last(tmp_path):
         def __len__(self):
             return 1
 
-    strategy = recorded(tmp_path / "server.ptl", test_loaders={"test": Loader()})
+    strategy = recorded(tmp_path / "server.ptl", test=functools.partial(server_test_fn, {"test": Loader()}))
     started = time.monotonic()
     run_round(strategy, 1)
     run_round(strategy, 2)
@@ -792,8 +793,8 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     from server import Hopeless, Server
 
     started = []
-    monkeypatch.setattr(record.Record, "_draw", lambda self: None)  # half of the time
-    monkeypatch.setattr(record.Record, "_draw_confusion", lambda self, path: None)
+    monkeypatch.setattr(Record, "_draw", lambda self: None)  # half of the time
+    monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
     class Trainer(ClientProxy):
         def fit(self, ins, timeout, group_id):
@@ -829,7 +830,8 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
         path = tmp_path / name / "server.ptl"
         enough = dict.fromkeys(("min_fit_clients", "min_evaluate_clients", "min_available_clients"), 1)
         model = LeNet5(1, 2)
-        kept = record.Record(model, path, test_loaders={"test": Loader(bad)}, on_row=rows.append)
+        test = functools.partial(server_test_fn, {"test": Loader(bad)})
+        kept = Record(model, path, test=test, on_row=rows.append)
         strategy = FedAvg(model, record=kept, **enough)
         try:
             Server(manager, strategy, **options).fit(5, None)

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 from plumbing.common.process import printable, say
 from plumbing.common.state import batch_norm_names, float32_weights, get_arrays
+from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, cid_order
 
 import numpy as np
 from flwr.common import EvaluateRes, FitRes, ndarrays_to_parameters
-
-from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, cid_order
 
 FAR = 100  # times the change that the other clients made is far outside
 
