@@ -58,11 +58,12 @@ from libs import (
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.common.wire import COMPRESS, Sender
-from plumbing.laptop.curves import Curves, complete, describe_code, describe_data, start_wandb
+from plumbing.laptop.curves import Curves
 from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.history import MANY
-from plumbing.laptop.record import Diverged, Record
-from plumbing.laptop.screen import Progress
+from plumbing.laptop.record import Diverged, GlobalTest, Record
+from plumbing.laptop.screen import Progress, show_end
+from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
 
 import flwr.server
 from flwr.common import Code, ndarrays_to_parameters
@@ -726,53 +727,42 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     settings = plain_args(args)
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
     lock = hold_folder(folder, args.dataset)
-    source = find_run(folder, args.resume)
-    rows, run_id, known_as = [], None, ""
-    if source:
-        rows, run_id, known_as = resume(source, model, about, load_checkpoint, args.allow_new_data)
-    tests = {"test": functools.partial(server_test_fn, {"test": test}), "count": functools.partial(count_answers, test)}
-    last_round = len(rows)
+    earlier = resume(find_run(folder, args.resume), model, about, load_checkpoint, args.allow_new_data)
+    last_round = earlier.last_round
     if args.fedbn:
-        about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
+        about["fedbn"] = f"{secrets.token_hex(8)} {earlier.fedbn}".strip()
     first_that_counts = last_round + 1 if args.allow_new_data else 1  # of those tested on the test set that is there
     over = None
     if last_round >= args.num_rounds:
         over = f"has finished round {last_round} already; --num_rounds {args.num_rounds} adds none"
-    elif has_reached(args.target_accuracy, rows, last_round, first_that_counts):
+    elif has_reached(args.target_accuracy, earlier.rows, last_round, first_that_counts):
         over = f"says that {describe_target(args.target_accuracy, last_round)} already"
     if over:
-        checkpoint = source / "server.ptl"
-        say(f"{checkpoint} {over}")
-        record = Record(model, checkpoint, last_round, rows=rows, about=about, **tests)
-        complete(record, run_id)
-        record.show_end()
-        return None
+        folder = earlier.folder
+        say(f"{folder / 'server.ptl'} {over}")
 
     # The parts, from the last to the first.
     facts = describe_data(datasets / args.dataset)
     config = {**settings, "data": facts, **describe_code()}
-    curves, where = start_wandb(args.dataset, run_id, config, rows)
-    say(describe_task(args, info, facts, model))
+    curves, where = start_wandb(args.dataset, earlier.run_id, config, earlier.rows, needed=not over)
+    tester = GlobalTest(functools.partial(server_test_fn, {"test": test}), functools.partial(count_answers, test))
+    record = Record(model, folder / "server.ptl", earlier, tester, {**about, "wandb_run_id": curves.run.id})
+    if not over:
+        say(describe_task(args, info, facts, model))
     say(where)
+    curves.show_split(info["split"], info["classes"])
+    curves.catch_up(earlier.rows)
+    if over:
+        record.close()
+        show_results(record, curves)
+        return None
     if info["num_clients"] not in (None, args.num_clients):
         say(f"note: {args.dataset} is split into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
     if args.augment:
         how = "shifted, and mirrored half of the time" if info["channels"] == 3 else "shifted"
         say(f"note: images to train on are {how}; --no-augment leaves them as they are")
-    curves.show_split(info["split"], info["classes"])
-    curves.catch_up(rows)
     progress = Progress(args.num_rounds, last_round)
-    record = Record(
-        model,
-        folder / "server.ptl",
-        last_round=last_round,
-        source=source,
-        rows=rows,
-        **tests,
-        about={**about, "wandb_run_id": curves.run.id},
-        on_row=progress.show_row,
-        log=curves.log,
-    )
+    record.on_saved += [curves.log_round, progress.show_round]
     hyper_parameters = {name: settings[name] for name in HYPER_PARAMETERS if settings[name] is not None}
     told = question_of(args.net, info["id"]) if in_app else {}
     if args.fedbn:
@@ -826,9 +816,14 @@ def train(run, start, **kwargs):
         why = server.error or (server.signum and signal.Signals(server.signum).name) or f"exit code {code}"
         rounds = len(run.record.history.rows)
         run.curves.alert("the run ended early", f"{about['dataset']}, after round {rounds}: {printable(why)}")
-    run.curves.finish(run.record.models(), run.record.mistakes, about["classes"])
-    run.record.show_end()
+    show_results(run.record, run.curves)
     return code
+
+
+def show_results(record, curves):
+    """Send and print what the run of a closed record came to."""
+    curves.finish(record.models(), record.mistakes, record.about["classes"])
+    show_end(record)
 
 
 def run_rounds(server, start, **kwargs):
