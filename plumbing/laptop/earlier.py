@@ -41,13 +41,10 @@ class Earlier:
 def find_run(folder: Path, resume: bool | str) -> Path | None:
     """Return the folder to resume from, or None. `resume` is the value of --resume; True means `folder`."""
     if not resume:
-        if is_used(folder):
+        if any((folder / name).exists() for name in FILES):
             if not os.access(folder.parent, os.W_OK):
                 raise UserError(f"cannot write to {folder.parent}, where the previous run is to be kept")
-            say(
-                f"starting a new run; the previous one will be kept in {folder}.<date>. "
-                "Use --resume to continue it instead"
-            )
+            say(f"starting a new run; the previous one will be kept in {folder}.<date>. Use --resume to continue it")
         return None
     source = folder if resume is True else Path(resume)
     if (source / "server.ptl").exists():
@@ -84,12 +81,8 @@ def resume(folder: Path | None, model, about: dict, load, allow_new_data: bool =
     except (OSError, ValueError) as error:
         raise UserError(f"cannot resume from {path}: {error}{way_out(folder, load)}") from None
     try:
-        for name, value in {
-            "dataset": about["dataset"],
-            "net": type(model).__name__,
-            "num_classes": model.num_classes,
-            "in_channels": model.in_channels,
-        }.items():
+        mine = {"dataset": about["dataset"], "net": type(model).__name__, "num_classes": model.num_classes}
+        for name, value in {**mine, "in_channels": model.in_channels}.items():
             if checkpoint[name] != value:
                 raise ValueError(f"its {name} is {checkpoint[name]}, not {value}")
         other = other_data(checkpoint, about)
@@ -158,11 +151,6 @@ def keep_best(path, best_path):
     if best_path not in (None, path):
         with atomic_write(path) as part:
             shutil.copyfile(best_path, part)
-
-
-def is_used(folder):
-    """Return whether a run has left anything in `folder`."""
-    return any((folder / name).exists() for name in FILES)
 
 
 def kept_runs(folder):

@@ -24,7 +24,6 @@ TELEMETRY = {  # what a device tells of itself, and the range in which that can 
     "load": (0, 1e5),
 }
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)  # of clients.csv
-COUNTS = ("round", "clients", "failures", "examples")  # columns of whole numbers
 FILES = ("server.ptl", "best.ptl", "history.csv", "clients.csv", "metrics.png", "confusion.png", "devices.png")
 MANY = 100  # clients; the figures of each of more than these are in clients.csv alone
 
@@ -114,8 +113,7 @@ def read_table(path):
     def parse(name, text):
         if name == "cid":
             return text
-        figure = float(text or "nan")
-        return int(figure) if name in COUNTS and figure.is_integer() else figure
+        return int(text) if text.isdecimal() else float(text or "nan")
 
     header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     names, rows, bad = header.split(","), [], []

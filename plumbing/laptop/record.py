@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -171,7 +172,8 @@ class Record(Files):
         self.test, self.on_saved = test or GlobalTest(None), list(on_saved)
         self.sound = earlier.last_round, get_arrays(model)  # the newest that passed its test, or the one to start from
         self.diverged = None  # the first that did not
-        self.worker = Worker("record", self._test, self._save, self._end, BACKLOG, SAVE_EVERY)
+        end = functools.partial(self.finish, self.test.count)
+        self.worker = Worker("record", self._test, self._save, end, BACKLOG, SAVE_EVERY)
 
     def add(self, row: dict, arrays: list, clients: dict[str, dict]) -> None:
         """Hand over a finished round (see Round); wait while BACKLOG of them are waiting already.
@@ -229,6 +231,3 @@ class Record(Files):
                 tell(finished.row, finished.clients)
         if time.monotonic() > self.draw_at:
             self.draw()
-
-    def _end(self):
-        self.finish(self.test.count)

@@ -9,7 +9,6 @@ import statistics
 import sys
 
 from plumbing.common.process import printable, say
-from plumbing.laptop.earlier import is_used
 from plumbing.laptop.history import FILES, MANY, TIMES, by_cid, power_trouble
 from plumbing.laptop.pictures import accuracies
 
@@ -51,7 +50,7 @@ class Progress:
 def show_end(record):
     """Print what the clients and the best model of a closed Record were like, and where its files are."""
     if not record.exist():
-        say(f"no round is finished, nothing is saved{' or moved' if is_used(record.folder) else ''}")
+        say("no round is finished, nothing is saved")
         return
     for line in describe_clients(record.clients.rows, len(record.history.rows)):
         say(line)
@@ -110,11 +109,7 @@ def list_accuracies(counts, classes):
     """Return the accuracy of each class as text; of more than 12 classes, only the worst and the best five."""
     names = [printable(name, 20) for name in classes or range(len(counts))]
     found = [(share, name) for share, name in zip(accuracies(counts), names) if not math.isnan(share)]
-    if len(found) > 12:
-        found.sort()
-        return f"worst {list_pairs(found[:5])}; best {list_pairs(found[-5:])}"
-    return list_pairs(found)
-
-
-def list_pairs(pairs):
-    return ", ".join(f"{name} {share:.2f}" for share, name in pairs)
+    pairs = [f"{name} {share:.2f}" for share, name in (sorted(found) if len(found) > 12 else found)]
+    if len(pairs) > 12:
+        return f"worst {', '.join(pairs[:5])}; best {', '.join(pairs[-5:])}"
+    return ", ".join(pairs)
