@@ -10,22 +10,14 @@ ckps/<dataset>/, and the curves in Weights & Biases.
 
 import argparse
 import collections
-import contextlib
 import dataclasses
-import errno
 import functools
-import ipaddress
-import math
 import os
 import queue
 import re
 import secrets
-import shlex
 import signal
-import socket
-import ssl
 import statistics
-import struct
 import sys
 import threading
 import time
@@ -37,8 +29,6 @@ from libs import (
     DATASETS,
     UserError,
     find_folder,
-    given_flags,
-    join_address,
     lock_file,
     mute_handlers,
     new_parser,
@@ -49,7 +39,6 @@ from libs import (
     printable,
     quiet_flower,
     read_secret,
-    refuse_readable,
     run_script,
     say,
     split_address,
@@ -58,6 +47,23 @@ from libs import (
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.common.wire import COMPRESS, Sender
+from plumbing.laptop.flags import as_before, as_flags, optional
+from plumbing.laptop.handshake import question_of
+from plumbing.laptop.listening import check_address, describe_client_command, is_loopback, read_certificates
+from plumbing.laptop.nodes import Nodes
+from plumbing.laptop.registry import LOST, POLL, ClientFailure, Registry
+from plumbing.laptop.rounds import (
+    HOPELESS,
+    LAST_ANSWERS,
+    LASTING,
+    Absences,
+    Hopeless,
+    Stopped,
+    describe_failure,
+    describe_saved,
+    describe_target,
+    has_reached,
+)
 
 import flwr.server
 from flwr.common import Code, ndarrays_to_parameters
@@ -81,23 +87,12 @@ from record import (
     resume,
     start_wandb,
 )
-from registry import LOST, POLL, ClientFailure, Nodes, Registry, question_of
 from strategies import STRATEGIES, FedAvg
 
-LEAST_PATIENCE = 60  # seconds that a client may be away at least, until its absence is told
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
-LAST_ANSWERS = 9  # of a client, by which --round_timeout auto knows what is usual for it
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
 MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
-HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
 # Flags that --resume does not take from the checkpoint: where the server is reached, which run this is, what it prints.
-OF_THE_MOMENT = ("dataset", "server_address", "server_port", "resume", "allow_new_data", "verbose")
-LASTING = 3  # rounds in a row that --target_accuracy has to be reached
-
-
-def optional(parse):
-    """An argparse type: what `parse` makes of a text, and None of "off", by which --resume knows it from not given."""
-    return lambda text: None if text == "off" else parse(text)
 
 
 def make_parser(description=__doc__, shown=None):
@@ -209,47 +204,6 @@ def parse_args(settings=None, ckps=CKPS):
     return args
 
 
-def as_before(parser, flags, earlier, path):
-    """The arguments of a run that goes on from the checkpoint `path`: as its args, `earlier`, where `flags` give none.
-
-    Says in a line what is other than before, and what is as before and not the default.
-    """
-    args, named = parser.parse_args(flags), given_flags(parser, flags)
-    earlier = {name: value for name, value in earlier.items() if name in vars(args) and name not in OF_THE_MOMENT}
-    kept = {name: value for name, value in earlier.items() if name not in named and value is not None}
-    if kept.get("min_clients") == earlier.get("num_clients"):  # its default, and not to be more than a new one
-        kept.pop("min_clients", None)
-    if args.allow_new_data:  # which may have another number of shards
-        kept.pop("num_clients", None)
-    try:
-        args = parser.parse_args(as_flags(kept, parser) + flags)
-    except UserError as error:
-        raise UserError(f"cannot resume from {path} with what it says: {error}") from None
-
-    def word(value):
-        return "off" if value in (None, False) else "on" if value is True else printable(value)
-
-    pairs = [(name, word(value), word(getattr(args, name))) for name, value in earlier.items() if name in named]
-    changes = [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
-    if changes:
-        say(f"other than before: {', '.join(changes)}")
-    same = [f"{name} {word(value)}" for name, value in kept.items() if word(value) != word(parser.get_default(name))]
-    if same:
-        say(f"as before: {', '.join(same)}")
-    return args
-
-
-def as_flags(settings, parser):
-    """`settings`, {name: value}, as flags of `parser`. TOML has no None: "" stands for what is not given."""
-    flags = []
-    for name, value in settings.items():
-        if value is True or (value is False and f"--no-{name}" in parser.format_usage()):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not False and value != "":
-            flags.append(f"--{name}={value}")
-    return flags
-
-
 def count_clients(args, shards):
     """Settle num_clients and min_clients in `args`; `shards` is how many partition.py has made, None if unknown."""
     args.num_clients = args.num_clients or shards or 10
@@ -287,69 +241,6 @@ def new_model(args, info):
     if args.fedbn and not batch_norm_names(model):
         raise UserError(f"--fedbn has nothing to keep on the devices: {args.net} has no batch norm")
     return model
-
-
-def has_reached(target, rows, current, first=1):
-    """Whether the test accuracy was `target` or more in the last LASTING rounds up to `current`, from `first` on.
-
-    None as long as that depends on rounds that are not among the `rows` of the history; no `target` is never reached.
-    """
-    last = [row["test_accuracy"] for row in rows[-LASTING:] if row["round"] > current - LASTING]
-    if target is None or current - first + 1 < LASTING or not all(accuracy >= target for accuracy in last):
-        return False
-    return True if len(last) == LASTING else None
-
-
-def describe_target(target, current):
-    return f"test_accuracy was {target:g} or more in the rounds {current - LASTING + 1} to {current}: the run is over"
-
-
-class Stopped(Exception):
-    """A signal asked the server to stop."""
-
-
-class Hopeless(Exception):
-    """A round fails again and again, for reasons that do not pass by themselves."""
-
-
-def describe_failure(current, reasons):
-    """Why the run ends with the round `current`, which fails for `reasons`, in one line."""
-    shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
-    return f"round {current} failed on all clients {HOPELESS} times in a row: {shown} ({describe_saved(current - 1)})"
-
-
-def describe_saved(last):
-    return f"rounds 1 to {last} are saved" if last else "no round was finished, nothing is saved"
-
-
-class Absences:
-    """Tells of the clients `cids` that are missing: for three rounds, or while a round waits for as long as three take.
-
-    `tell` is called as record.Curves.watch is.
-    """
-
-    def __init__(self, cids, tell=lambda current, missing, clients: None):
-        self.cids, self.tell = set(cids), tell
-        self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
-        self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took
-        self.marked = None
-
-    def mark(self):
-        """Note the time: a round begins to wait for clients, or to train."""
-        self.marked = time.monotonic()
-
-    def wait(self, current, there):
-        """A round waits; `there` are the cids that are connected. (Before the first round, people are about.)"""
-        patience = max(LEAST_PATIENCE, 3 * statistics.median(self.seconds)) if self.seconds else math.inf
-        if time.monotonic() - self.marked > patience:
-            self.tell(current, {cid: f"{patience:.0f} s" for cid in self.cids if cid not in there}, {})
-
-    def finish(self, current, spared, clients):
-        """A round is finished, with the figures of `clients`, by cid; the cids `spared` had not been asked to train."""
-        self.seconds.append(time.monotonic() - self.marked)
-        absent = self.cids - set(spared) - set(clients)
-        self.rounds = collections.Counter({cid: self.rounds[cid] + 1 for cid in absent})
-        self.tell(current, {cid: f"{count} rounds" for cid, count in self.rounds.items() if count >= 3}, clients)
 
 
 class Server(flwr.server.Server):
@@ -534,99 +425,6 @@ class Server(flwr.server.Server):
 # What must be there before the first round.
 
 
-def check_address(host, port):
-    """The address to listen on, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
-    if "%" in host:  # Flower's start_server binds without the zone
-        raise UserError(f"cannot listen on {host} alone: take --server_address :: (all networks)")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        return join_address(address[0], port)
-    except (OSError, UnicodeError) as error:
-        reason = {
-            errno.EADDRINUSE: "the port is in use; choose another with --server_port",
-            errno.EADDRNOTAVAIL: "that is not an address of this machine; use 0.0.0.0",
-        }.get(getattr(error, "errno", None), getattr(error, "strerror", None) or error)
-        raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
-
-
-def is_unspecified(host):
-    """Whether `host` stands for all addresses of this machine."""
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
-
-
-def is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def own_addresses():
-    """The addresses by which others may reach this machine, the one of its way out first; IPv6 where it has no IPv4."""
-    found = {socket.AF_INET: [], socket.AF_INET6: []}
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # nobody's, for documents
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((far, 9))  # of UDP: asks the routes, and sends nothing
-            found[family].append(sock.getsockname()[0])
-    with contextlib.suppress(OSError):
-        found[socket.AF_INET] += socket.gethostbyname_ex(socket.gethostname())[2]
-    for _, name in socket.if_nameindex() if sys.platform == "linux" else []:
-        import fcntl
-
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            answer = fcntl.ioctl(sock, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            found[socket.AF_INET].append(socket.inet_ntoa(answer[20:24]))
-    addresses = found[socket.AF_INET] if any(map(is_far, found[socket.AF_INET])) else found[socket.AF_INET6]
-    return list(dict.fromkeys(filter(is_far, addresses)))
-
-
-def is_far(address):
-    ip = ipaddress.ip_address(address)
-    return not (ip.is_loopback or ip.is_unspecified or (ip.version == 6 and ip.is_link_local))
-
-
-def decode_certificate(path):
-    """What the certificate in a file says, as ssl.SSLSocket.getpeercert has it; {} where that cannot be told."""
-    try:
-        return ssl._ssl._test_decode_cert(str(path))  # Python reads one's own in no other way
-    except Exception:
-        return {}
-
-
-def names_in_certificate(folder):
-    """The names and addresses to which the certificate in `folder` is made out; [] where that cannot be told."""
-    return [name for _, name in decode_certificate(folder / "server.pem").get("subjectAltName", ())]
-
-
-def describe_client_command(args):
-    """What starts a client, in one line, with an address of this machine: to be copied to the devices."""
-    host, others = args.server_address, []
-    if is_unspecified(host):
-        addresses = own_addresses() or ["LAPTOP_IP"]
-        named = names_in_certificate(args.certificates) if args.certificates else []
-        addresses = [address for address in addresses if address in named] or named or addresses
-        host, *others = addresses
-    words = ["--server_address", host]
-    if args.server_port != 8080:
-        words += ["--server_port", str(args.server_port)]
-    words += ["--dataset", args.dataset]
-    if args.secret_file is not None:
-        words += ["--secret_file", str(args.secret_file)]
-    if args.certificates is not None:
-        words += ["--root_certificate", str(args.certificates / "ca.pem")]
-    where, cid = "on the device", "0"
-    if args.num_clients > 1:
-        where, cid = f"on each device, with its number, 0 to {args.num_clients - 1}, for N", "N"
-    where += f" (this machine is also {', '.join(others)})" if others else ""
-    return f"{where}: .venv/bin/python client.py {shlex.join(words)} --cid {cid}"
-
-
 def describe_task(args, info, facts, model):
     """What is trained on what, in one line; `facts` is what dataset.json says, {} where there is none."""
     about = f"{args.dataset}: {len(info['classes'])} classes"
@@ -635,31 +433,6 @@ def describe_task(args, info, facts, model):
         about += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({how})"
         about += f", {facts['num_test']:,} for the test"
     return f"{about}; {args.net}: {count_parameters(model):,} parameters"
-
-
-def read_certificates(folder):
-    """The three certificates that Flower takes (bytes: CA, server, key), or None where `folder` is None."""
-    if folder is None:
-        return None
-    paths = [folder / name for name in ("ca.pem", "server.pem", "server.key")]
-    refuse_readable(paths[2], "key")
-    for path, remedy in zip(paths[:2], ("move it and ca.key away, and make new ones", "make a new one"), strict=True):
-        said = decode_certificate(path)
-        for name, past, problem in (("notAfter", True, "has expired"), ("notBefore", False, "is not valid yet")):
-            if name in said and (ssl.cert_time_to_seconds(said[name]) < time.time()) == past:
-                raise UserError(
-                    f"certificate {path} {problem}, by this machine's clock ({said[name]}): {remedy} with "
-                    "deploy/make_certificates.sh"
-                )
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(paths[1], paths[2])
-        ssl.create_default_context(cafile=paths[0])
-        return tuple(path.read_bytes() for path in paths)
-    except (OSError, ssl.SSLError) as error:
-        raise UserError(
-            f"no usable ca.pem, server.pem and server.key in {folder} ({error.strerror or error}): "
-            "make them with deploy/make_certificates.sh"
-        ) from None
 
 
 def hold_folder(folder, dataset):

@@ -13,7 +13,7 @@ import time
 import warnings
 from types import SimpleNamespace
 
-from plumbing.laptop import pictures
+from plumbing.laptop import listening, pictures
 
 import cv2
 import numpy as np
@@ -255,7 +255,7 @@ def test_on_all_networks_the_command_has_an_address_of_this_machine():
     network.open()
     try:
         code = "import sys; sys.argv = ['server.py', '--server_address', '0.0.0.0', '--num_clients', '10']\n"
-        code += "import server; args = server.parse_args(); print(server.describe_client_command(args))"
+        code += "import server; from plumbing.laptop import listening; args = server.parse_args(); print(listening.describe_client_command(args))"
         command = ["ip", "netns", "exec", network.server, sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     finally:
@@ -270,14 +270,14 @@ def test_the_command_has_the_address_that_the_certificate_names(tmp_path, monkey
     (tmp_path / "deploy").mkdir()
     script = tmp_path / "deploy/make_certificates.sh"
     script.write_bytes((ROOT / "deploy/make_certificates.sh").read_bytes())
-    monkeypatch.setattr(server, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
+    monkeypatch.setattr(listening, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
     for names, expected in ((["192.0.2.8"], "192.0.2.8"), (["laptop.local"], "laptop.local")):
         subprocess.run(["bash", script, *names], capture_output=True, check=True, timeout=60)
         args = arguments(monkeypatch, "--server_address", "0.0.0.0", "--certificates", tmp_path / "certificates")
-        assert f"client.py --server_address {expected} --dataset CIFAR10 " in server.describe_client_command(args)
-    said = server.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
+        assert f"client.py --server_address {expected} --dataset CIFAR10 " in listening.describe_client_command(args)
+    said = listening.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
     assert "--server_address 192.0.2.7 " in said and "(this machine is also 192.0.2.8)" in said
-    assert "--server_address laptop.local " in server.describe_client_command(
+    assert "--server_address laptop.local " in listening.describe_client_command(
         arguments(monkeypatch, "--server_address", "laptop.local")
     )
 

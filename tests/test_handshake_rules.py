@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 from libs import VERSION
 from plumbing.common import compare
+from plumbing.laptop import handshake, registry
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import registry
 from nets import LeNet5
 
 TASK = {
@@ -39,7 +39,7 @@ READY = {
 
 def decide(who, ready, task=TASK):
     """What the handshake returns for a client that answers so, and the questions that it was asked."""
-    questions, rules = [], registry.handshake(4, task)
+    questions, rules = [], handshake.handshake(4, task)
     try:
         questions.append(next(rules))
         questions.append(rules.send(who))
@@ -96,7 +96,7 @@ def test_server_without_an_id_takes_any_cut():
 def test_client_that_does_not_fit_is_turned_away(change, reason):
     who = {name: change.get(name, value) for name, value in WHO.items()}
     ready = {**READY, **{name: value for name, value in change.items() if name not in WHO}}
-    with pytest.raises(registry.TurnedAway, match=reason) as turned_away:
+    with pytest.raises(handshake.TurnedAway, match=reason) as turned_away:
         decide(who, ready)
     assert turned_away.value.cid == str(who["cid"]) and "FL-IoT" not in str(turned_away.value)
 
@@ -111,7 +111,7 @@ FIRST = {name: OLD[name] for name in OLD if name != "process"}  # as the first c
 def test_client_of_another_version_is_judged_alike_and_told_both_versions(who, version):
     if who is not FIRST:
         assert decide(who, READY)[0] == {**who, **READY}
-    with pytest.raises(registry.TurnedAway, match=rf" \(it runs FL-IoT {version}, the server {VERSION}: update"):
+    with pytest.raises(handshake.TurnedAway, match=rf" \(it runs FL-IoT {version}, the server {VERSION}: update"):
         decide(who, {**READY, "trial": b""})
 
 

@@ -1,16 +1,16 @@
-"""Who takes part on Flower's engines: registry.Nodes, with SuperNodes that answer as a test wants."""
+"""Who takes part on Flower's engines: laptop/nodes, with SuperNodes that answer as a test wants."""
 
 import time
 from types import SimpleNamespace
 
 from plumbing.common.compare import fingerprint, trial
+from plumbing.laptop import nodes as room
 
 import pytest
 from flwr.common import Code, GetPropertiesRes, Status
 from flwr.server.client_proxy import ClientProxy
 from helpers import wait_until
 
-import registry
 from nets import build_net
 
 NET = ("LeNet5", 1, 2)
@@ -41,8 +41,8 @@ class SuperNode(ClientProxy):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    monkeypatch.setattr(registry, "ASK_AGAIN", 0.2)
-    nodes = registry.Nodes(1, TASK)
+    monkeypatch.setattr(room, "ASK_AGAIN", 0.2)
+    nodes = room.Nodes(1, TASK)
     yield nodes
     nodes.close({})
 

@@ -12,6 +12,7 @@ from plumbing.common.compare import fingerprint, same_trial, trial
 from plumbing.common.state import get_arrays
 from plumbing.device.own_batch_norm import OwnBatchNorm
 from plumbing.device.task import Task
+from plumbing.laptop import rounds
 
 import numpy as np
 import pandas as pd
@@ -506,10 +507,10 @@ def rows(*accuracies):
     ],
 )
 def test_target_waits_only_for_tests_that_decide(accuracies, current, reached):
-    assert server.has_reached(0.5, rows(*accuracies), current) is reached
-    assert server.has_reached(None, rows(*accuracies), current) is False
+    assert rounds.has_reached(0.5, rows(*accuracies), current) is reached
+    assert rounds.has_reached(None, rows(*accuracies), current) is False
     if current > 2:  # tested on another test set
-        assert server.has_reached(0.5, rows(*accuracies), current, first=current - 1) is False
+        assert rounds.has_reached(0.5, rows(*accuracies), current, first=current - 1) is False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

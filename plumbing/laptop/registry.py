@@ -6,19 +6,16 @@ rounds, that one the rounds and no wire. On Flower's engines, which have a wire 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hmac
 import math
-import secrets
 import threading
 import time
-from collections.abc import Generator
 
-from libs import KEEPALIVE, UNNAMED, VERSION, keep_alive, np, printable, say, tcp_sockets
-from plumbing.common.compare import prove, same_trial
+from plumbing.common.process import printable, say
+from plumbing.common.sockets import KEEPALIVE, keep_alive, tcp_sockets
 from plumbing.common.wire import WIRE, Sender, restore_all
+from plumbing.laptop.handshake import TurnedAway, handshake
 
 from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
 from flwr.server import SimpleClientManager
@@ -52,14 +49,6 @@ class ClientFailure(Exception):
     """A client gave no answer; `cid` says which, the text why."""
 
     def __init__(self, cid, reason):
-        super().__init__(reason)
-        self.cid = cid
-
-
-class TurnedAway(Exception):
-    """A client that may not take part: the text says why, to it and to the user; `cid` is what it called itself."""
-
-    def __init__(self, reason, cid="unknown"):
         super().__init__(reason)
         self.cid = cid
 
@@ -161,81 +150,6 @@ class RemoteClient(Admitted):
         """Fail the question under way, and end the connection."""
         self.gone.set()
         self.proxy.bridge.close()
-
-
-def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Generator[dict, dict, dict]:
-    """Decide on a client, without knowing how it is reached.
-
-    A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
-    itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
-    channels, num_classes, dataset_id (None: any), net, fingerprint, trial, and sizes (those of
-    data.describe_dataset; None: any). With a `secret` (bytes) it must first prove that it knows it, and learns nothing
-    before.
-    """
-    nonce, ready = secrets.token_hex(16), {}
-    client = yield {"nonce": nonce, "version": VERSION}
-    cid = client.get("cid")
-    reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
-    if reason is None:
-        ready = yield question_of(task["net"], task["dataset_id"])
-        reason = why_not_ready(ready, cid, task)
-    if reason is not None:
-        version = printable(client.get("version", UNNAMED), 20)
-        if cid is not None and version != VERSION:
-            reason += f" (it runs FL-IoT {version}, the server {VERSION}: update the older one)"
-        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
-    return {**client, **ready}
-
-
-def question_of(net, dataset_id):
-    """What a client is told of its task, to make ready for it: the net, and the cut of the data where it has an id."""
-    return {"net": net} if dataset_id is None else {"net": net, "dataset_id": dataset_id}
-
-
-def why_not_client(client, nonce, num_clients, dataset, secret):
-    """The reason not to admit a client for what it says of itself, or None."""
-    cid = client.get("cid")
-    if secret is not None:
-        proof = client.get("proof")
-        if proof is None:
-            return "the server asks for a secret: start the client with --secret_file"
-        if not hmac.compare_digest(str(proof).encode(), prove(secret, nonce, cid).encode()):
-            return "its secret is not the server's"
-    if type(cid) is not int or not all(isinstance(client.get(name), str) for name in ("device_id", "process")):
-        return "it is not this suite's client.py, or one of another version"
-    if not 0 <= cid < num_clients:
-        return f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})"
-    if client.get("dataset") != dataset:
-        return f"its dataset is {printable(client.get('dataset'), 40)}, the server's is {dataset}"
-    return None
-
-
-def why_not_ready(ready, cid, task):
-    """The reason not to admit a client for the data and the net that it has made ready, or None."""
-    shown = {name: printable(value, 40) for name, value in ready.items()}
-    for name, what in (("num_classes", "classes"), ("channels", "colour channels")):
-        if ready.get(name) != task[name]:
-            return f"its dataset has {shown.get(name)} {what}, the server's has {task[name]}"
-    if task["dataset_id"] not in (None, ready.get("dataset_id")):
-        return (
-            f"its shard is not of the server's cut of {task['dataset']}: partition.py has run in the meantime; "
-            f"bring the device the newest bundles/client_{cid}.tar"
-        )
-    if "error" in ready:
-        return printable(ready["error"])
-    if ready.get("fingerprint") != task["fingerprint"]:
-        return f"its fingerprint is {shown.get('fingerprint')}, the server's is {task['fingerprint']}: nets.py differs"
-    outputs = ready.get("trial")
-    whole = isinstance(outputs, bytes) and len(outputs) % 4 == 0
-    if not whole or not same_trial(np.frombuffer(outputs, "<f4"), task["trial"]):
-        return f"its {task['net']} computes something else than the server's: nets.py differs"
-    for name in ("num_fit", "num_eval"):
-        if type(ready.get(name)) is not int or ready[name] < 1:
-            return f"its {name} is {shown.get(name)}, not a positive number of images"
-    told, due = (ready["num_fit"], ready["num_eval"]), (task.get("sizes") or {}).get(cid)
-    if due not in (None, told):
-        return f"it has {told[0]} fit + {told[1]} eval images, and by dataset.json its shard has {due[0]} + {due[1]}"
-    return None
 
 
 def ask_all(proxy, questions):
@@ -442,96 +356,3 @@ class Registry(SimpleClientManager):
             thread.start()
         for thread in threads:
             thread.join()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On Flower's engines.
-
-ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
-TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
-NODE_TIMEOUT = 600  # seconds for a SuperNode to make ready: a new process on a busy board, and what waits before it
-
-
-class Node(Admitted):
-    """A SuperNode of Flower's engines, of which the connection is Flower's affair, under its own cid.
-
-    It is asked when it is its `turn`, a lock that it shares with others.
-    """
-
-    def __init__(self, proxy, properties, turn):
-        super().__init__(proxy, properties)
-        self.turn = turn
-
-    def ask(self, method, ins, timeout, group_id):
-        started = time.monotonic()
-        try:
-            with self.turn:
-                return getattr(self.proxy, method)(ins, timeout, group_id)
-        except ValueError as error:  # Flower's for all that went wrong on the way or in the app's process
-            if timeout is not None and time.monotonic() - started >= timeout:
-                raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
-            raise ClientFailure(self.cid, LOST if "navailable" in str(error) else printable(error)) from None
-
-    def is_alive(self):
-        return not self.gone.is_set()
-
-    def close(self):
-        self.gone.set()
-
-
-class Nodes(Registry):
-    """The SuperNodes that take part, by cid. Flower registers each; the handshake's checks decide on it.
-
-    One that is turned away is asked again later: what was wrong on its device may be mended.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.turns = threading.Semaphore(TURNS)
-
-    def _look_after(self, proxy):
-        # A simulation looks ten times a second for each answer; a thousand such threads would leave no core to train.
-        turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
-        said = None
-        while self.connections.get(proxy.cid) is proxy and not self.closed:  # after a restart it is another one
-            try:
-                with turn:
-                    properties = ask_node(proxy, self.num_clients, self.task)
-                if self._admit(Node(proxy, properties, turn)):
-                    return
-            except TurnedAway as reason:
-                text = str(reason)
-                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
-                    said = text
-            time.sleep(ASK_AGAIN)
-
-    def remove(self, client):
-        """Let a client go that Flower has lost. One that is only late is asked again: nobody would register it anew."""
-        if self.connections.get(client.proxy.cid) is not client.proxy:
-            super().remove(client)
-
-    def wait_for_round(self, min_clients, check):
-        self.num_available()  # has Flower look at once who is there
-        super().wait_for_round(min_clients, check)
-
-    def close(self, notice):
-        """Admit nobody any more. There is nobody to tell: each message is answered by itself."""
-        self.closed = True
-
-
-def ask_node(proxy, num_clients, task):
-    """What a SuperNode says of itself, its data and its net. Raises TurnedAway where it may not take part."""
-    question, unknown = question_of(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
-    try:
-        answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
-    except Exception as error:  # of the app on the device, or of the way there
-        raise TurnedAway(printable(error), unknown) from None
-    cid = answer.get("cid")
-    reason = why_not_client(answer, "", num_clients, task["dataset"], None)
-    if reason is None and "error" in answer:
-        reason = printable(answer["error"])
-    if reason is None:
-        reason = why_not_ready(answer, cid, task)
-    if reason is not None:
-        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
-    return answer

@@ -1,0 +1,102 @@
+"""Who takes part on Flower's engines, which have a wire of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+from plumbing.common.process import printable
+from plumbing.laptop.handshake import TurnedAway, question_of, why_not_client, why_not_ready
+from plumbing.laptop.registry import LOST, Admitted, ClientFailure, Registry
+
+from flwr.common import GetPropertiesIns
+
+ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
+TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
+NODE_TIMEOUT = 600  # seconds for a SuperNode to make ready: a new process on a busy board, and what waits before it
+
+
+class Node(Admitted):
+    """A SuperNode of Flower's engines, of which the connection is Flower's affair, under its own cid.
+
+    It is asked when it is its `turn`, a lock that it shares with others.
+    """
+
+    def __init__(self, proxy, properties, turn):
+        super().__init__(proxy, properties)
+        self.turn = turn
+
+    def ask(self, method, ins, timeout, group_id):
+        started = time.monotonic()
+        try:
+            with self.turn:
+                return getattr(self.proxy, method)(ins, timeout, group_id)
+        except ValueError as error:  # Flower's for all that went wrong on the way or in the app's process
+            if timeout is not None and time.monotonic() - started >= timeout:
+                raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
+            raise ClientFailure(self.cid, LOST if "navailable" in str(error) else printable(error)) from None
+
+    def is_alive(self):
+        return not self.gone.is_set()
+
+    def close(self):
+        self.gone.set()
+
+
+class Nodes(Registry):
+    """The SuperNodes that take part, by cid. Flower registers each; the handshake's checks decide on it.
+
+    One that is turned away is asked again later: what was wrong on its device may be mended.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.turns = threading.Semaphore(TURNS)
+
+    def _look_after(self, proxy):
+        # A simulation looks ten times a second for each answer; a thousand such threads would leave no core to train.
+        turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
+        said = None
+        while self.connections.get(proxy.cid) is proxy and not self.closed:  # after a restart it is another one
+            try:
+                with turn:
+                    properties = ask_node(proxy, self.num_clients, self.task)
+                if self._admit(Node(proxy, properties, turn)):
+                    return
+            except TurnedAway as reason:
+                text = str(reason)
+                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
+                    said = text
+            time.sleep(ASK_AGAIN)
+
+    def remove(self, client):
+        """Let a client go that Flower has lost. One that is only late is asked again: nobody would register it anew."""
+        if self.connections.get(client.proxy.cid) is not client.proxy:
+            super().remove(client)
+
+    def wait_for_round(self, min_clients, check):
+        self.num_available()  # has Flower look at once who is there
+        super().wait_for_round(min_clients, check)
+
+    def close(self, notice):
+        """Admit nobody any more. There is nobody to tell: each message is answered by itself."""
+        self.closed = True
+
+
+def ask_node(proxy, num_clients, task):
+    """What a SuperNode says of itself, its data and its net. Raises TurnedAway where it may not take part."""
+    question, unknown = question_of(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+    try:
+        answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
+    except Exception as error:  # of the app on the device, or of the way there
+        raise TurnedAway(printable(error), unknown) from None
+    cid = answer.get("cid")
+    reason = why_not_client(answer, "", num_clients, task["dataset"], None)
+    if reason is None and "error" in answer:
+        reason = printable(answer["error"])
+    if reason is None:
+        reason = why_not_ready(answer, cid, task)
+    if reason is not None:
+        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
+    return answer
