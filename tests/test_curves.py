@@ -255,7 +255,8 @@ def test_on_all_networks_the_command_has_an_address_of_this_machine():
     network.open()
     try:
         code = "import sys; sys.argv = ['server.py', '--server_address', '0.0.0.0', '--num_clients', '10']\n"
-        code += "import server; from plumbing.laptop import listening; args = server.parse_args(); print(listening.describe_client_command(args))"
+        code += "import server; from plumbing.laptop.listening import describe_client_command\n"
+        code += "print(describe_client_command(server.parse_args()))"
         command = ["ip", "netns", "exec", network.server, sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     finally:

@@ -59,10 +59,8 @@ def cut(network, tmp_path_factory, three_shards):
 
     try:
         rounds = ("--num_clients", 2, "--num_rounds", 3, "--round_timeout", ROUND_TIMEOUT)
-        arguments = (
-            *patched(suite, "server", f"from plumbing.laptop import registry; registry.HEARTBEAT = {HEARTBEAT}"),
-            *rounds,
-        )
+        quick = f"from plumbing.laptop import registry; registry.HEARTBEAT = {HEARTBEAT}"
+        arguments = (*patched(suite, "server", quick), *rounds)
         server = start(network.server, *arguments, "--server_address", network.address)
         first = start_client(0)
         wait_until("client 0 has joined", lambda: joined(0) == 1)
