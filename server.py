@@ -48,10 +48,12 @@ from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop.flags import as_before, as_flags, optional
-from plumbing.laptop.handshake import question_of
+from plumbing.laptop.flower import start_grid, start_server
+from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import check_address, describe_client_command, is_loopback, read_certificates
 from plumbing.laptop.nodes import Nodes
-from plumbing.laptop.registry import LOST, POLL, ClientFailure, Registry
+from plumbing.laptop.registry import POLL, Registry
+from plumbing.laptop.remote import LOST, ClientFailure
 from plumbing.laptop.rounds import (
     HOPELESS,
     LAST_ANSWERS,
@@ -67,8 +69,7 @@ from plumbing.laptop.rounds import (
 
 import flwr.server
 from flwr.common import Code, ndarrays_to_parameters
-from flwr.server import ServerApp, ServerConfig, start_server
-from flwr.server.compat.app import start_grid
+from flwr.server import ServerApp, ServerConfig
 
 from data import describe_in_checkpoint, load_test
 from engines import HYPER_PARAMETERS
@@ -552,7 +553,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         log=curves.log,
     )
     hyper_parameters = {name: settings[name] for name in HYPER_PARAMETERS if settings[name] is not None}
-    told = question_of(args.net, info["id"]) if in_app else {}
+    told = name_task(args.net, info["id"]) if in_app else {}
     if args.fedbn:
         told["fedbn"] = about["fedbn"]
     strategy = STRATEGIES[args.strategy](

@@ -227,8 +227,8 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     args = [tiny.root / "server.py", "--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 3, *flags]
     laptop = tiny.start("-c", ON_TERMINAL, sys.executable, *args)
     laptop.wait_for("--cid 0", timeout=120)
-    (line,) = lines(laptop, "on the device: ")
-    command = line.strip().removeprefix("on the device: ")
+    (line,) = lines(laptop, "run on the device: ")
+    command = line.strip().removeprefix("run on the device: ")
     assert f"--server_port {tiny.port} --dataset Tiny" in command
     client = subprocess.Popen(shlex.split(command), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL)
     try:
@@ -262,7 +262,7 @@ def test_on_all_networks_the_command_has_an_address_of_this_machine():
     finally:
         network.close()
     assert done.stdout == (
-        "on each device, with its number, 0 to 9, for N: .venv/bin/python client.py "
+        "run on each device (N = 0…9): .venv/bin/python client.py "
         f"--server_address {Network.address} --dataset CIFAR10 --cid N\n"
     )
 

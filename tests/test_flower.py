@@ -11,10 +11,10 @@ from helpers import ROOT
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 INSIDES = (
-    ("flwr.server", "start_server", "server.py: the rounds by the scripts"),
-    ("flwr.server.compat.app", "start_grid", "server.py: the rounds on Flower's engines"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_bridge", "GrpcBridgeClosed", "laptop/registry: a lost connection"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy", "GrpcClientProxy", "laptop/registry: its `bridge`"),
+    ("flwr.server", "start_server", "laptop/flower: the rounds by the scripts"),
+    ("flwr.server.compat.app", "start_grid", "laptop/flower: the rounds on Flower's engines"),
+    ("flwr.server.superlink.fleet.grpc_bidi.grpc_bridge", "GrpcBridgeClosed", "laptop/flower: a lost connection"),
+    ("flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy", "GrpcClientProxy", "laptop/remote: its `bridge`"),
     ("flwr.server.compat.grid_client_proxy", "GridClientProxy", "laptop/nodes: a SuperNode"),
     ("flwr.proto.transport_pb2_grpc", "FlowerServiceStub", "client.py: the stream to the server"),
     ("flwr.proto.transport_pb2", "ServerMessage", "client.py: what comes on it"),
@@ -37,7 +37,7 @@ def test_a_connection_has_its_bridge_and_the_bridge_its_end():
     from flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy import GrpcClientProxy
 
     proxy = GrpcClientProxy("1", GrpcBridge())
-    assert hasattr(proxy, "bridge"), "ClientProxy.bridge has moved: laptop/registry ends connections by it"
+    assert hasattr(proxy, "bridge"), "ClientProxy.bridge has moved: laptop/remote ends connections by it"
     proxy.bridge.close()
     proxy.bridge.close()  # may be called again
 

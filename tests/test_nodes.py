@@ -70,7 +70,7 @@ def test_a_supernode_that_is_started_again_is_the_one_that_is_asked(nodes, capsy
     nodes.unregister(new)
     assert not nodes.clients
     out = capsys.readouterr().out
-    assert out.count("turned away cid 0: its shard is not of the server's cut of Tiny") == 1 and "is back" not in out
+    assert out.count("turned away cid 0: its shard is not of the server's split of Tiny") == 1 and "is back" not in out
 
 
 def test_a_supernode_that_cannot_answer_is_named_and_asked_again(nodes, capsys):

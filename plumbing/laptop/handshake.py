@@ -1,10 +1,10 @@
-"""Who may take part in the training, and why not."""
+"""Who may take part in the training, and why not: the same for the scripts and for Flower's engines."""
 
 from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Generator
+from collections.abc import Callable
 
 from plumbing import UNNAMED, VERSION
 from plumbing.common.compare import prove, same_trial
@@ -14,44 +14,46 @@ import numpy as np
 
 
 class TurnedAway(Exception):
-    """A client that may not take part: the text says why, to it and to the user; `cid` is what it called itself."""
+    """A client may not take part. The text says why, to it and to the user; `cid` is what it called itself."""
 
     def __init__(self, reason, cid="unknown"):
         super().__init__(reason)
         self.cid = cid
 
 
-def handshake(num_clients: int, task: dict, secret: bytes | None = None) -> Generator[dict, dict, dict]:
-    """Decide on a client, without knowing how it is reached.
+def handshake(
+    ask: Callable[[dict], dict], num_clients: int, task: dict, secret: bytes | None = None, unknown: str = "unknown"
+) -> dict:
+    """Return what a client says of itself, {name: value}; raise TurnedAway if it may not take part.
 
-    A generator that yields questions, each a dictionary, is sent the answers, and returns what the client said of
-    itself; it raises TurnedAway with the reason. `task` is what the client must have like the server: dataset,
-    channels, num_classes, dataset_id (None: any), net, fingerprint, trial, and sizes (those of
-    data.describe_dataset; None: any). With a `secret` (bytes) it must first prove that it knows it, and learns nothing
-    before.
+    ask: puts a question to the client, {name: value}, and returns its answer.
+    task: what the client must have like the server: dataset, channels, num_classes, net, fingerprint, trial,
+        dataset_id (None: any), and sizes, {cid: (num_fit, num_eval)} or None.
+    secret: the client first has to prove that it knows it, and learns nothing before.
+    unknown: what a client without a cid is called.
     """
     nonce, ready = secrets.token_hex(16), {}
-    client = yield {"nonce": nonce, "version": VERSION}
+    client = ask({"nonce": nonce, "version": VERSION})
     cid = client.get("cid")
     reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
     if reason is None:
-        ready = yield question_of(task["net"], task["dataset_id"])
+        ready = ask(name_task(task["net"], task["dataset_id"]))
         reason = why_not_ready(ready, cid, task)
     if reason is not None:
         version = printable(client.get("version", UNNAMED), 20)
         if cid is not None and version != VERSION:
             reason += f" (it runs FL-IoT {version}, the server {VERSION}: update the older one)"
-        raise TurnedAway(reason, printable("unknown" if cid is None else cid, 20))
+        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
     return {**client, **ready}
 
 
-def question_of(net, dataset_id):
-    """What a client is told of its task, to make ready for it: the net, and the cut of the data where it has an id."""
+def name_task(net, dataset_id):
+    """Return what a client is told of its task: the net, and the split of the data if it has an id."""
     return {"net": net} if dataset_id is None else {"net": net, "dataset_id": dataset_id}
 
 
 def why_not_client(client, nonce, num_clients, dataset, secret):
-    """The reason not to admit a client for what it says of itself, or None."""
+    """Return the reason not to admit a client for what it says of itself, or None."""
     cid = client.get("cid")
     if secret is not None:
         proof = client.get("proof")
@@ -69,15 +71,17 @@ def why_not_client(client, nonce, num_clients, dataset, secret):
 
 
 def why_not_ready(ready, cid, task):
-    """The reason not to admit a client for the data and the net that it has made ready, or None."""
+    """Return the reason not to admit a client for the data and the net that it has made ready, or None."""
     shown = {name: printable(value, 40) for name, value in ready.items()}
+    if "error" in ready and "channels" not in ready:  # it could not read its shard
+        return printable(ready["error"])
     for name, what in (("num_classes", "classes"), ("channels", "colour channels")):
         if ready.get(name) != task[name]:
             return f"its dataset has {shown.get(name)} {what}, the server's has {task[name]}"
     if task["dataset_id"] not in (None, ready.get("dataset_id")):
         return (
-            f"its shard is not of the server's cut of {task['dataset']}: partition.py has run in the meantime; "
-            f"bring the device the newest bundles/client_{cid}.tar"
+            f"its shard is not of the server's split of {task['dataset']}: partition.py has run since; "
+            f"copy the newest bundles/client_{cid}.tar to the device"
         )
     if "error" in ready:
         return printable(ready["error"])
@@ -90,7 +94,10 @@ def why_not_ready(ready, cid, task):
     for name in ("num_fit", "num_eval"):
         if type(ready.get(name)) is not int or ready[name] < 1:
             return f"its {name} is {shown.get(name)}, not a positive number of images"
-    told, due = (ready["num_fit"], ready["num_eval"]), (task.get("sizes") or {}).get(cid)
-    if due not in (None, told):
-        return f"it has {told[0]} fit + {told[1]} eval images, and by dataset.json its shard has {due[0]} + {due[1]}"
+    sizes, expected = (ready["num_fit"], ready["num_eval"]), (task.get("sizes") or {}).get(cid)
+    if expected not in (None, sizes):
+        return (
+            f"it has {sizes[0]} fit + {sizes[1]} eval images, but its shard has {expected[0]} + {expected[1]} in the "
+            "server's dataset.json"
+        )
     return None

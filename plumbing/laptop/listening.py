@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import ipaddress
 import shlex
 import socket
 import ssl
-import struct
-import sys
-import time
 
 from plumbing.common.arguments import join_address, refuse_readable
 from plumbing.common.process import UserError
 
+from cryptography import x509  # which Flower needs, too
+
 
 def check_address(host, port):
-    """The address to listen on, "IP:port" or "[IP]:port". Raises UserError unless the server can listen there."""
+    """Return the address to listen on, "IP:port" or "[IP]:port". Raise UserError if the server cannot listen there."""
     if "%" in host:  # Flower's start_server binds without the zone
-        raise UserError(f"cannot listen on {host} alone: take --server_address :: (all networks)")
+        raise UserError(f"cannot listen on {host} alone: use --server_address :: (all networks)")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as sock:
@@ -34,65 +34,60 @@ def check_address(host, port):
         raise UserError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
-def is_unspecified(host):
-    """Whether `host` stands for all addresses of this machine."""
+def parse_ip(host):
+    """Return `host` as an address of ipaddress; None for a name."""
     try:
-        return ipaddress.ip_address(host).is_unspecified
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host == "localhost" or getattr(parse_ip(host), "is_loopback", False)
 
 
 def own_addresses():
-    """The addresses by which others may reach this machine, the one of its way out first; IPv6 where it has no IPv4."""
-    found = {socket.AF_INET: [], socket.AF_INET6: []}
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # nobody's, for documents
+    """Return the addresses by which others may reach this machine, that of the default route first.
+
+    IPv6 only if it has no IPv4. Connecting a UDP socket sends nothing: it looks up the route, and with it the address.
+    """
+    v4, v6 = [], []
+    for found, family, far in ((v4, socket.AF_INET, "192.0.2.1"), (v6, socket.AF_INET6, "2001:db8::1")):  # nobody's
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((far, 9))  # of UDP: asks the routes, and sends nothing
-            found[family].append(sock.getsockname()[0])
+            sock.connect((far, 9))
+            found.append(sock.getsockname()[0])
     with contextlib.suppress(OSError):
-        found[socket.AF_INET] += socket.gethostbyname_ex(socket.gethostname())[2]
-    for _, name in socket.if_nameindex() if sys.platform == "linux" else []:
-        import fcntl
-
+        v4 += socket.gethostbyname_ex(socket.gethostname())[2]
+    for _, card in socket.if_nameindex() if hasattr(socket, "SO_BINDTODEVICE") else []:  # Linux: of each network card
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            answer = fcntl.ioctl(sock, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-            found[socket.AF_INET].append(socket.inet_ntoa(answer[20:24]))
-    addresses = found[socket.AF_INET] if any(map(is_far, found[socket.AF_INET])) else found[socket.AF_INET6]
-    return list(dict.fromkeys(filter(is_far, addresses)))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, card.encode())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sock.connect(("255.255.255.255", 9))
+            v4.append(sock.getsockname()[0])
+    return list(dict.fromkeys(filter(is_reachable, v4))) or list(filter(is_reachable, v6))
 
 
-def is_far(address):
+def is_reachable(address):
     ip = ipaddress.ip_address(address)
     return not (ip.is_loopback or ip.is_unspecified or (ip.version == 6 and ip.is_link_local))
 
 
-def decode_certificate(path):
-    """What the certificate in a file says, as ssl.SSLSocket.getpeercert has it; {} where that cannot be told."""
-    try:
-        return ssl._ssl._test_decode_cert(str(path))  # Python reads one's own in no other way
-    except Exception:
-        return {}
-
-
-def names_in_certificate(folder):
-    """The names and addresses to which the certificate in `folder` is made out; [] where that cannot be told."""
-    return [name for _, name in decode_certificate(folder / "server.pem").get("subjectAltName", ())]
+def names_in_certificate(path):
+    """Return the names and addresses for which the certificate in the file `path` is valid."""
+    names = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+    names = names.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def describe_client_command(args):
-    """What starts a client, in one line, with an address of this machine: to be copied to the devices."""
+    """Return the command that starts a client, as a line to copy, with an address of this machine."""
     host, others = args.server_address, []
-    if is_unspecified(host):
+    if getattr(parse_ip(host), "is_unspecified", False):  # all addresses of this machine
         addresses = own_addresses() or ["LAPTOP_IP"]
-        named = names_in_certificate(args.certificates) if args.certificates else []
-        addresses = [address for address in addresses if address in named] or named or addresses
+        if args.certificates is not None:
+            with contextlib.suppress(ValueError, x509.ExtensionNotFound):
+                named = names_in_certificate(args.certificates / "server.pem")
+                addresses = [address for address in addresses if address in named] or named or addresses
         host, *others = addresses
     words = ["--server_address", host]
     if args.server_port != 8080:
@@ -102,33 +97,41 @@ def describe_client_command(args):
         words += ["--secret_file", str(args.secret_file)]
     if args.certificates is not None:
         words += ["--root_certificate", str(args.certificates / "ca.pem")]
-    where, cid = "on the device", "0"
+    where, cid = "run on the device", "0"
     if args.num_clients > 1:
-        where, cid = f"on each device, with its number, 0 to {args.num_clients - 1}, for N", "N"
+        where, cid = f"run on each device (N = 0…{args.num_clients - 1})", "N"
     where += f" (this machine is also {', '.join(others)})" if others else ""
     return f"{where}: .venv/bin/python client.py {shlex.join(words)} --cid {cid}"
 
 
+def check_dates(path, remedy):
+    """Raise UserError if the certificate in the file `path` has expired, or is not valid yet."""
+    certificate, now = x509.load_pem_x509_certificate(path.read_bytes()), datetime.datetime.now(datetime.UTC)
+    for date, problem in (
+        (certificate.not_valid_after_utc, "has expired" if certificate.not_valid_after_utc < now else None),
+        (certificate.not_valid_before_utc, "is not valid yet" if certificate.not_valid_before_utc > now else None),
+    ):
+        if problem:
+            raise UserError(
+                f"certificate {path} {problem}, by this machine's clock ({date:%Y-%m-%d %H:%M} UTC): {remedy} with "
+                "deploy/make_certificates.sh"
+            )
+
+
 def read_certificates(folder):
-    """The three certificates that Flower takes (bytes: CA, server, key), or None where `folder` is None."""
+    """Return the three certificates that Flower takes (bytes: CA, server, key), or None if `folder` is None."""
     if folder is None:
         return None
     paths = [folder / name for name in ("ca.pem", "server.pem", "server.key")]
     refuse_readable(paths[2], "key")
-    for path, remedy in zip(paths[:2], ("move it and ca.key away, and make new ones", "make a new one"), strict=True):
-        said = decode_certificate(path)
-        for name, past, problem in (("notAfter", True, "has expired"), ("notBefore", False, "is not valid yet")):
-            if name in said and (ssl.cert_time_to_seconds(said[name]) < time.time()) == past:
-                raise UserError(
-                    f"certificate {path} {problem}, by this machine's clock ({said[name]}): {remedy} with "
-                    "deploy/make_certificates.sh"
-                )
     try:
+        check_dates(paths[0], "move it and ca.key away, and make new ones")
+        check_dates(paths[1], "make a new one")
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(paths[1], paths[2])
         ssl.create_default_context(cafile=paths[0])
         return tuple(path.read_bytes() for path in paths)
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise UserError(
-            f"no usable ca.pem, server.pem and server.key in {folder} ({error.strerror or error}): "
-            "make them with deploy/make_certificates.sh"
+            f"no usable ca.pem, server.pem and server.key in {folder} "
+            f"({getattr(error, 'strerror', None) or error}): make them with deploy/make_certificates.sh"
         ) from None

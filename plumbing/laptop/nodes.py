@@ -1,4 +1,4 @@
-"""Who takes part on Flower's engines, which have a wire of their own."""
+"""Who takes part on Flower's engines, which have connections of their own."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import threading
 import time
 
 from plumbing.common.process import printable
-from plumbing.laptop.handshake import TurnedAway, question_of, why_not_client, why_not_ready
-from plumbing.laptop.registry import LOST, Admitted, ClientFailure, Registry
+from plumbing.laptop.handshake import TurnedAway, handshake, name_task
+from plumbing.laptop.registry import Registry
+from plumbing.laptop.remote import LOST, Admitted, ClientFailure
 
 from flwr.common import GetPropertiesIns
 
 ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
 TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
-NODE_TIMEOUT = 600  # seconds for a SuperNode to make ready: a new process on a busy board, and what waits before it
+NODE_TIMEOUT = 600  # seconds for a SuperNode to answer: a new process on a busy board, and what waits before it
 
 
 class Node(Admitted):
-    """A SuperNode of Flower's engines, of which the connection is Flower's affair, under its own cid.
+    """A SuperNode of Flower's engines under its own cid.
 
-    It is asked when it is its `turn`, a lock that it shares with others.
+    turn: a lock that it shares with others, held while it is asked.
     """
 
     def __init__(self, proxy, properties, turn):
@@ -45,9 +46,9 @@ class Node(Admitted):
 
 
 class Nodes(Registry):
-    """The SuperNodes that take part, by cid. Flower registers each; the handshake's checks decide on it.
+    """The SuperNodes that take part, by cid. Flower registers each; the handshake decides on it.
 
-    One that is turned away is asked again later: what was wrong on its device may be mended.
+    One that is turned away is asked again later: the fault on its device may be mended.
     """
 
     def __init__(self, *args, **kwargs):
@@ -55,13 +56,13 @@ class Nodes(Registry):
         self.turns = threading.Semaphore(TURNS)
 
     def _look_after(self, proxy):
-        # A simulation looks ten times a second for each answer; a thousand such threads would leave no core to train.
+        # A simulation polls ten times a second for each answer; a thousand such threads would leave no core to train.
         turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
         said = None
         while self.connections.get(proxy.cid) is proxy and not self.closed:  # after a restart it is another one
             try:
                 with turn:
-                    properties = ask_node(proxy, self.num_clients, self.task)
+                    properties = self._ask(proxy)
                 if self._admit(Node(proxy, properties, turn)):
                     return
             except TurnedAway as reason:
@@ -70,8 +71,17 @@ class Nodes(Registry):
                     said = text
             time.sleep(ASK_AGAIN)
 
+    def _ask(self, proxy):
+        """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
+        question, unknown = name_task(self.task["net"], self.task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+        try:
+            answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
+        except Exception as error:  # in the app on the device, or on the way there
+            raise TurnedAway(printable(error), unknown) from None
+        return handshake(lambda question: answer, *self._terms(), unknown)
+
     def remove(self, client):
-        """Let a client go that Flower has lost. One that is only late is asked again: nobody would register it anew."""
+        """Drop a client that Flower has lost. One that is only late is asked again: nobody would register it again."""
         if self.connections.get(client.proxy.cid) is not client.proxy:
             super().remove(client)
 
@@ -82,21 +92,3 @@ class Nodes(Registry):
     def close(self, notice):
         """Admit nobody any more. There is nobody to tell: each message is answered by itself."""
         self.closed = True
-
-
-def ask_node(proxy, num_clients, task):
-    """What a SuperNode says of itself, its data and its net. Raises TurnedAway where it may not take part."""
-    question, unknown = question_of(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
-    try:
-        answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
-    except Exception as error:  # of the app on the device, or of the way there
-        raise TurnedAway(printable(error), unknown) from None
-    cid = answer.get("cid")
-    reason = why_not_client(answer, "", num_clients, task["dataset"], None)
-    if reason is None and "error" in answer:
-        reason = printable(answer["error"])
-    if reason is None:
-        reason = why_not_ready(answer, cid, task)
-    if reason is not None:
-        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
-    return answer
