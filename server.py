@@ -47,11 +47,15 @@ from libs import (
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.common.wire import COMPRESS, Sender
+from plumbing.laptop.curves import Curves, complete, describe_code, describe_data, start_wandb
+from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.flags import as_before, as_flags, optional
 from plumbing.laptop.flower import start_grid, start_server
 from plumbing.laptop.handshake import name_task
+from plumbing.laptop.history import MANY
 from plumbing.laptop.listening import check_address, describe_client_command, is_loopback, read_certificates
 from plumbing.laptop.nodes import Nodes
+from plumbing.laptop.record import Diverged, Record
 from plumbing.laptop.registry import POLL, Registry
 from plumbing.laptop.remote import LOST, ClientFailure
 from plumbing.laptop.rounds import (
@@ -66,28 +70,15 @@ from plumbing.laptop.rounds import (
     describe_target,
     has_reached,
 )
+from plumbing.laptop.screen import Progress
 
 import flwr.server
 from flwr.common import Code, ndarrays_to_parameters
 from flwr.server import ServerApp, ServerConfig
 
 from data import describe_in_checkpoint, load_test
-from engines import HYPER_PARAMETERS
-from nets import build_net, find_net, normalise_input
-from record import (
-    MANY,
-    Curves,
-    Diverged,
-    Progress,
-    Record,
-    complete,
-    describe_code,
-    describe_data,
-    find_run,
-    read_args,
-    resume,
-    start_wandb,
-)
+from engines import HYPER_PARAMETERS, count_answers, server_test_fn
+from nets import build_net, find_net, load_checkpoint, normalise_input
 from strategies import STRATEGIES, FedAvg
 
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
@@ -199,7 +190,8 @@ def parse_args(settings=None, ckps=CKPS):
         raise UserError("--allow_new_data goes with --resume")
     if args.resume:
         path = (ckps / args.dataset if args.resume is True else Path(args.resume)) / "server.ptl"
-        earlier = {name: value for name, value in read_args(path).items() if settings is None or name in settings}
+        earlier = read_args(path, load_checkpoint)
+        earlier = {name: value for name, value in earlier.items() if settings is None or name in settings}
         args = as_before(parser, flags, earlier, path)
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
     return args
@@ -509,7 +501,10 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     about = {"dataset": args.dataset, "args": settings, **describe_in_checkpoint(info)}
     lock = hold_folder(folder, args.dataset)
     source = find_run(folder, args.resume)
-    rows, run_id, known_as = resume(source, model, about, args.allow_new_data) if source else ([], None, "")
+    rows, run_id, known_as = [], None, ""
+    if source:
+        rows, run_id, known_as = resume(source, model, about, load_checkpoint, args.allow_new_data)
+    tests = {"test": functools.partial(server_test_fn, {"test": test}), "count": functools.partial(count_answers, test)}
     last_round = len(rows)
     if args.fedbn:
         about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
@@ -522,7 +517,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     if over:
         checkpoint = source / "server.ptl"
         say(f"{checkpoint} {over}")
-        record = Record(model, checkpoint, last_round, rows=rows, test_loaders={"test": test}, about=about)
+        record = Record(model, checkpoint, last_round, rows=rows, about=about, **tests)
         complete(record, run_id)
         record.show_end()
         return None
@@ -547,7 +542,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         last_round=last_round,
         source=source,
         rows=rows,
-        test_loaders={"test": test},
+        **tests,
         about={**about, "wandb_run_id": curves.run.id},
         on_row=progress.show_row,
         log=curves.log,

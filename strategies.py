@@ -1,7 +1,8 @@
 """What the server makes of its devices' results: checks, a mean, and other strategies behind the same checks.
 
 Checked is what they share: it drops what cannot be averaged, has the next class aggregate the rest, and hands every
-finished round to the record (record.py). server.py runs them with its own loop; they also run under Flower's `Server`.
+finished round to the record (laptop/record). server.py runs them with its own loop; they also run under Flower's
+`Server`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from collections.abc import Mapping
 
 from libs import np, printable, say
 from plumbing.common.state import batch_norm_names, float32_weights, get_arrays
+from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, cid_order
+from plumbing.laptop.record import Record
 
 from flwr.common import EvaluateRes, FitRes, Parameters, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server import strategy
 
 from data import BATCH_SIZES
-from record import EVALUATE_METRICS, FIT_METRICS, TELEMETRY, Record, cid_order
 
 INTEGER_SCALE = 2.0**-200  # a power of two, so that nothing is rounded
 FAR = 100  # times as much as others did is far outside
-RECORD_OPTIONS = ("last_round", "test_loaders", "about", "on_row", "log")
+RECORD_OPTIONS = ("last_round", "test", "count", "about", "on_row", "log")
 
 
 def is_number(value):
@@ -257,15 +259,15 @@ class Checked:
     """Stands before one of Flower's strategies: drops what cannot be averaged, and hands each round to its record.
 
     initial_model: the net that training starts from; round 1's devices get its parameters.
-    save_ckp_path: where the newest global model goes; the rest of the record goes beside it (record.Record).
+    save_ckp_path: where the newest global model goes; the rest of the record goes beside it (Record).
     on_drop: called with (round, cid, reason) for each result that is dropped.
-    record: a record.Record to take; without one it makes its own from RECORD_OPTIONS.
+    record: a Record to take; without one it makes its own from RECORD_OPTIONS.
     num_fit: how many of the clients train in a round, drawn anew each time; None: all. The others still evaluate.
     seed: makes the draw the same for the same round, whoever else is there and from whichever round on.
 
     The results go on to the strategy by cid, with their known metrics alone. `reasons` has why clients failed in the
     last aggregate_fit, {cid: text}. `close` waits until all rounds are recorded, and raises what failed there, as
-    `check` does. aggregate_fit and `close` raise record.Diverged where a round's test_loss is not finite; `go_back`
+    `check` does. aggregate_fit and `close` raise Diverged where a round's test_loss is not finite; `go_back`
     then has the model to go on from.
     """
 

@@ -82,14 +82,14 @@ def serve(kind, num_clients, port):
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
+        from plumbing.laptop.curves import start_wandb
         from plumbing.laptop.registry import Registry
 
-        import record
         import server
         import strategies
 
         task = make_task()
-        curves, _ = record.start_wandb(task["dataset"], None, {})
+        curves, _ = start_wandb(task["dataset"], None, {})
         ours = type("Ours", (Gate, strategies.FedAvg), {})
         path = CKPS / task["dataset"] / "server.ptl"
         about = {"dataset": task["dataset"], "wandb_run_id": curves.run.id}

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import warnings
 from types import SimpleNamespace
 
 from plumbing.laptop import listening, pictures
+from plumbing.laptop.curves import Curves
+from plumbing.laptop.history import COLUMNS, TIMES
 
 import cv2
 import numpy as np
@@ -36,7 +39,6 @@ from helpers import (
 from test_telemetry import FAKE_SENSORS
 from test_wandb import ON_TERMINAL
 
-import record
 import server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,10 +114,10 @@ def test_config_says_with_what_on_what_and_by_whom_it_was_made(shown):
 
 
 def test_commit_of_the_code_is_git_s_own(tmp_path):
-    for name in ("libs.py", "nets.py", "data.py", "engines.py", "record.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    shutil.copytree(ROOT / "plumbing", tmp_path / "plumbing", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "nets.py", tmp_path)
     git = ["git", "-C", tmp_path, "-c", "user.name=ada", "-c", "user.email=ada@example.org"]
-    code = "import json, record; print(json.dumps(record.describe_code()))"
+    code = "import json; from plumbing.laptop.curves import describe_code; print(json.dumps(describe_code()))"
 
     def described():
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=120)
@@ -380,7 +382,7 @@ def drawn(monkeypatch):
 
 
 def row_of(current, value):
-    return {name: value for name in record.COLUMNS} | {"round": current}
+    return {name: value for name in COLUMNS} | {"round": current}
 
 
 @pytest.mark.parametrize("rounds", [1, 5, 300])
@@ -419,7 +421,7 @@ def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
         others = np.delete(brightness, num_devices // 2)
         assert (sign * (brightness[num_devices // 2] - others) > 0.5).all()
     for value in (float("nan"), 1.7e308, -1e308):
-        clients = {"0": [{"round": 3, **dict.fromkeys(record.TIMES, value)}]}
+        clients = {"0": [{"round": 3, **dict.fromkeys(TIMES, value)}]}
         pictures.draw_devices(clients, tmp_path / "absurd.png", "D")
 
 
@@ -429,7 +431,7 @@ def test_confusions_are_sent_whole_or_not_at_all_which_is_said(capsys, num_class
     logged, counts = {}, 3 * np.eye(num_classes, dtype=int)
     counts[np.random.RandomState(0).rand(*counts.shape) < share] += 1
     run = SimpleNamespace(log=lambda figures, step: logged.update(figures), finish=lambda: None)
-    curves = record.Curves(run)
+    curves = Curves(run)
     curves.log({}, step=1)
     curves.finish({}, counts, None)
     assert len(logged["test/class_accuracy"].table.data) == num_classes

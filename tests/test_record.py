@@ -16,6 +16,9 @@ from pathlib import Path
 from libs import UserError
 from plumbing.common.state import get_arrays, save_checkpoint
 from plumbing.laptop import worker
+from plumbing.laptop.earlier import best_of, move_aside, moved_aside, resume
+from plumbing.laptop.history import FILES
+from plumbing.laptop.record import Record, Round
 from plumbing.laptop.wandb_file import logged_steps
 
 import numpy as np
@@ -25,8 +28,7 @@ import torch
 from helpers import as_logged, start_patched, wandb_history
 
 import server
-from nets import LeNet5
-from record import FILES, Record, Round, best_of, move_aside, moved_aside, resume
+from nets import LeNet5, load_checkpoint
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -121,7 +123,7 @@ def record_of(folder, rounds, last_round=0, **kwargs):
 
 def go_on(folder):
     """What --resume reads: the rows up to the checkpoint's round."""
-    return resume(folder, LeNet5(1, 2), {"dataset": None})[0]
+    return resume(folder, LeNet5(1, 2), {"dataset": None}, load_checkpoint)[0]
 
 
 def test_tables_after_a_resume_are_those_of_one_run(tmp_path):
@@ -212,7 +214,8 @@ def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, li
 # A kill between any two writes.
 
 KILL = """
-import os, signal, record
+import os, signal
+from plumbing.laptop import curves, history, record, screen
 record.SAVE_EVERY = 0  # each round by itself, however short
 
 def kill_after(owner, name, when):
@@ -230,22 +233,22 @@ kill_after({})
 """
 ROUND_3 = {
     "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
-    "clients.csv": 'record.ClientHistory, "write", lambda self, rows: rows[-1]["round"] >= 3',
-    "history.csv": 'record.History, "write", lambda self, rows: rows[-1]["round"] >= 3',
+    "clients.csv": 'history.ClientHistory, "write", lambda self, rows: rows[-1]["round"] >= 3',
+    "history.csv": 'history.History, "write", lambda self, rows: rows[-1]["round"] >= 3',
     "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
     "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
-    "wandb": 'record.Curves, "log", lambda self, figures, step: step == 3',
-    "screen": 'record.Progress, "show_row", lambda self, row: row["round"] == 3',
+    "wandb": 'curves.Curves, "log", lambda self, figures, step: step == 3',
+    "screen": 'screen.Progress, "show_row", lambda self, row: row["round"] == 3',
 }
 RISING = """
-import record
+import engines
 accuracy = [0.0]
 
 def test(loaders, model):
     accuracy[0] += 0.01  # so that every round is the best
     return {"test_loss": 1.0, "test_accuracy": accuracy[0] + FIRST}
 
-record.server_test_fn = test
+engines.server_test_fn = script.server_test_fn = test
 """
 
 
@@ -475,21 +478,20 @@ def test_other_data_is_refused_unless_it_is_allowed(tmp_path, change, reason):
         save_checkpoint(tmp_path / "server.ptl", LeNet5(1, 2), {**old, "round": 1})
         now = {**OLD, **change}
         if reason is None or (old["dataset_id"] is None and "classes" not in change):
-            assert len(resume(tmp_path, LeNet5(1, 2), now)[0]) == 1
+            assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint)[0]) == 1
             continue
         with pytest.raises(UserError, match=f"{reason}.*--allow_new_data"):
-            resume(tmp_path, LeNet5(1, 2), now)
-        assert len(resume(tmp_path, LeNet5(1, 2), now, allow_new_data=True)[0]) == 1
+            resume(tmp_path, LeNet5(1, 2), now, load_checkpoint)
+        assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint, allow_new_data=True)[0]) == 1
     for model, dataset in ((LeNet5(1, 3), "D"), (LeNet5(3, 2), "D"), (LeNet5(1, 2), "E")):
         with pytest.raises(UserError) as refused:
-            resume(tmp_path, model, {**OLD, "dataset": dataset}, allow_new_data=True)
+            resume(tmp_path, model, {**OLD, "dataset": dataset}, load_checkpoint, allow_new_data=True)
         assert "--allow_new_data" not in str(refused.value)
 
 
 def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys):
     about = {**OLD, "dataset": "Tiny"}
     with contextlib.closing(Record(LeNet5(1, 2), tmp_path / "server.ptl", about=about)) as record:
-        record.test_loaders = None
         for current, accuracy in enumerate((0.5, 0.75, 0.25), start=1):
             row = {"round": current, "clients": 1, "failures": 0, "test_accuracy": accuracy}
             record.add(row, get_arrays(LeNet5(1, 2)), {})
@@ -498,16 +500,16 @@ def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys)
     damaged[len(damaged) // 2] ^= 0x40
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"server.ptl: it is damaged.*of round 2, first: cp ") as refused:
-        resume(tmp_path, LeNet5(1, 2), about)
+        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
     subprocess.run(str(refused.value).split("first: ")[1], shell=True, check=True)
-    rows, _, _ = resume(tmp_path, LeNet5(1, 2), about)
+    rows, _, _ = resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
     assert [row["test_accuracy"] for row in rows] == [0.5, 0.75]
     (tmp_path / "best.ptl").write_bytes(damaged)
     assert best_of(tmp_path, 2, about) == (0.75, path)
     assert "best.ptl is not used: it is damaged" in capsys.readouterr().out
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="server.ptl: it is damaged") as refused:
-        resume(tmp_path, LeNet5(1, 2), about)
+        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
     assert "cp " not in str(refused.value)
 
 

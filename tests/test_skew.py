@@ -451,7 +451,8 @@ def test_those_who_do_not_train_still_evaluate(skewed):
 # When the run ends.
 
 ACCURACIES = """
-import record, time
+import time
+from plumbing.laptop import record
 accuracies = [0.9, 0.2, 0.8, 0.8, 0.7, 0.8, 0.8, 0.95, 0.1, 0.1, 0.1, 0.1]
 real_test = record.Record._test
 

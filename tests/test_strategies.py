@@ -1,11 +1,13 @@
 """What the server makes of the clients' results: means, checks, and the record, against means computed by hand."""
 
+import functools
 import math
 import threading
 import time
 
 from plumbing.common.fast import Adam
 from plumbing.common.state import get_arrays, set_arrays
+from plumbing.laptop.record import Record
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import record
 from data import BatchLoader
 from engines import client_fit_fn, server_test_fn
 from nets import LeNet5
@@ -713,7 +714,7 @@ def test_the_next_round_does_not_wait_for_the_test_of_the_last(tmp_path):
         def __len__(self):
             return 1
 
-    strategy = FedAvg(LeNet5(1, 2), tmp_path / "server.ptl", test_loaders={"test": Loader()})
+    strategy = FedAvg(LeNet5(1, 2), tmp_path / "server.ptl", test=functools.partial(server_test_fn, {"test": Loader()}))
     started = time.monotonic()
     run_round(strategy, 1)
     run_round(strategy, 2)
@@ -782,8 +783,8 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     from server import Hopeless, Server
 
     started = []
-    monkeypatch.setattr(record.Record, "_draw", lambda self: None)  # half of the time
-    monkeypatch.setattr(record.Record, "_draw_confusion", lambda self, path: None)
+    monkeypatch.setattr(Record, "_draw", lambda self: None)  # half of the time
+    monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
     class Trainer(ClientProxy):
         def fit(self, ins, timeout, group_id):
@@ -817,8 +818,9 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
         manager, rows = Clients(), []
         manager.register(Trainer("0"))
         path = tmp_path / name / "server.ptl"
+        test = functools.partial(server_test_fn, {"test": Loader(bad)})
         enough = dict.fromkeys(("min_fit_clients", "min_evaluate_clients", "min_available_clients"), 1)
-        strategy = FedAvg(LeNet5(1, 2), path, test_loaders={"test": Loader(bad)}, on_row=rows.append, **enough)
+        strategy = FedAvg(LeNet5(1, 2), path, test=test, on_row=rows.append, **enough)
         try:
             Server(manager, strategy, **options).fit(5, None)
         finally:
