@@ -52,7 +52,7 @@ def test_the_handlers_of_signals_are_set_before_the_rounds():
 
 
 def test_parameters_are_arrays_as_npy_bytes():
-    """strategies.check_arrays reads, and Arrays writes, Parameters(tensors=[bytes, …], tensor_type="numpy.ndarray")."""
+    """laptop/checks reads, and strategies.py writes, Parameters(tensors=[bytes, …], tensor_type="numpy.ndarray")."""
     import numpy as np
     from flwr.common import Parameters, ndarrays_to_parameters
 
