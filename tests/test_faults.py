@@ -424,7 +424,7 @@ def fit(self, parameters, config):
 script.Client.fit, connection.MAX_DELAY = fit, 1
 """
 
-IMPATIENT = "script.MAX_RETRY_DELAY = 0.2"
+IMPATIENT = "from plumbing.laptop import rounds; rounds.MAX_RETRY_DELAY = 0.2"
 
 
 @pytest.mark.parametrize(

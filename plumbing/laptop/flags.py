@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from plumbing.common.arguments import given_flags
+from plumbing.common.arguments import given_flags, nonempty_path
 from plumbing.common.process import UserError, printable, say
 
 # Flags that --resume does not take from the checkpoint: where the server is reached, which run this is, what it prints.
 OF_THE_MOMENT = ("dataset", "server_address", "server_port", "resume", "allow_new_data", "verbose")
+
+
+def add_run_flags(add):
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        type=lambda text: str(nonempty_path(text)),
+        metavar="FOLDER",
+        help="resume from server.ptl in FOLDER (without one: ckps/<dataset>), with the same flags except its address "
+        "and those that are given; `off` and --no-fedbn turn off what was on (default: off)",
+    )
+    add("--allow_new_data", action="store_true", help="resume even if the data changed")
+    add("--verbose", action="store_true", help="show Flower's log, too")
 
 
 def optional(parse):
@@ -23,6 +37,14 @@ def as_flags(settings, parser):
         elif value is not False and value != "":
             flags.append(f"--{name}={value}")
     return flags
+
+
+def app_settings(config, folder):
+    """Return the flags in the run config of a Flower App whose suite is in `folder`."""
+    settings = {name: value for name, value in config.items() if name != "folder"}
+    if isinstance(settings.get("resume"), str) and settings["resume"]:
+        settings["resume"] = str(folder / settings["resume"])  # the SuperLink may run elsewhere
+    return settings
 
 
 def as_before(parser, flags, earlier, path):

@@ -10,10 +10,26 @@ import shlex
 import socket
 import ssl
 
-from plumbing.common.arguments import join_address, refuse_readable
-from plumbing.common.process import UserError
+from plumbing.common.arguments import join_address, nonempty_path, number, refuse_readable
+from plumbing.common.process import UserError, say
+from plumbing.laptop.flags import optional
 
 from cryptography import x509  # which Flower needs, too
+
+
+def add_connection_flags(add):
+    add("--server_address", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all networks")
+    add("--server_port", type=number(int, 1, 65535), help="port to listen on (default: 8080)")
+    add("--secret_file", type=optional(nonempty_path), help="file with a secret that clients must know, too")
+    add("--certificates", type=optional(nonempty_path), metavar="DIR", help="use TLS: ca.pem, server.pem, server.key")
+
+
+def announce(args, address, next_round):
+    """Print which rounds the server runs, where it listens, and how to start a client."""
+    if args.secret_file is None and not is_loopback(args.server_address):
+        say(f"warning: anyone who reaches {address} can take part in the training; --secret_file prevents that")
+    say(f"round {next_round} to {args.num_rounds} with {args.num_clients} clients, on {address}")
+    say(describe_client_command(args))
 
 
 def check_address(host, port):

@@ -73,12 +73,13 @@ class Nodes(Registry):
 
     def _ask(self, proxy):
         """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
-        question, unknown = name_task(self.task["net"], self.task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+        _, task, _ = self.terms
+        question, unknown = name_task(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
         try:
             answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
         except Exception as error:  # in the app on the device, or on the way there
             raise TurnedAway(printable(error), unknown) from None
-        return handshake(lambda question: answer, *self._terms(), unknown)
+        return handshake(lambda question: answer, *self.terms, unknown)
 
     def remove(self, client):
         """Drop a client that Flower has lost. One that is only late is asked again: nobody would register it again."""

@@ -48,8 +48,7 @@ class Seldom:
 class Registry(SimpleClientManager):
     """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it.
 
-    num_clients: cids are from 0 to num_clients - 1.
-    task, secret: see laptop/handshake.
+    num_clients, task, secret: see laptop/handshake.
     port: the server's, of which the connections are kept alive; None: none.
     on_join: called with the cid and the properties of each client that is admitted.
     sender: sends parameters (common/wire).
@@ -57,7 +56,7 @@ class Registry(SimpleClientManager):
 
     def __init__(self, num_clients, task, secret=None, port=None, on_join=None, sender=None):
         super().__init__()
-        self.num_clients, self.task, self.secret, self.port = num_clients, task, secret, port
+        self.num_clients, self.port, self.terms = num_clients, port, (num_clients, task, secret)
         self.on_join, self.sender = on_join, sender or Sender()
         self.connections = {}  # Flower's proxies of the open connections by their ids, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
@@ -97,7 +96,7 @@ class Registry(SimpleClientManager):
     def _look_after(self, proxy):
         """Have the handshake with a new connection, then its heartbeat for as long as it lasts."""
         try:
-            properties = handshake(lambda question: ask_stranger(proxy, question), *self._terms())
+            properties = handshake(lambda question: ask_stranger(proxy, question), *self.terms)
             client = RemoteClient(proxy, properties, self.sender)
             if self._admit(client):
                 client.heartbeat()
@@ -109,9 +108,6 @@ class Registry(SimpleClientManager):
             if not self.closed:
                 self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
             send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
-
-    def _terms(self):
-        return self.num_clients, self.task, self.secret
 
     def _admit(self, client):
         """Take a client in, and return whether it could be. Raise TurnedAway if another one with its cid is alive."""
@@ -132,10 +128,7 @@ class Registry(SimpleClientManager):
                     self._cv.notify_all()
                     break
             if other.is_alive():
-                reason = f"cid {client.cid} is in use by another device"
-                if other.properties["device_id"] == client.properties["device_id"]:
-                    reason += ", with the same id: one card is a copy of the other's; give each device its own cid"
-                raise TurnedAway(reason, client.cid)
+                raise in_use(client, other)
         count = f"({len(self.clients)} of {self.num_clients} clients)"
         say(f"cid {client.cid} {'is back' if before else 'joined'} {count}: {describe(client.properties)}")
         if self.on_join is not None:
@@ -160,9 +153,7 @@ class Registry(SimpleClientManager):
                 if len(self.clients) >= min_clients and now - self.last_joined >= SETTLE:
                     return
                 if now >= say_at:
-                    missing = [str(cid) for cid in range(self.num_clients) if str(cid) not in self.clients]
-                    cids = ", ".join(missing[:20] + ["…"] * (len(missing) > 20))
-                    say(f"waiting for {len(missing)} of {self.num_clients} clients: cid {cids}")
+                    say(describe_missing(self.num_clients, self.clients))
                     say_at, pause = now + pause, min(2 * pause, 600)
                 self._cv.wait(POLL)
 
@@ -173,11 +164,30 @@ class Registry(SimpleClientManager):
                 return
             self.closed, self.notice = True, notice
             clients = list(self.clients.values())
-        threads = [threading.Thread(target=client.say_goodbye, args=(notice,), daemon=True) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        say_goodbye(clients, notice)
+
+
+def say_goodbye(clients, notice):
+    """Send all clients away at the same time."""
+    threads = [threading.Thread(target=client.say_goodbye, args=(notice,), daemon=True) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def in_use(client, other):
+    """Return why a client may not take part while another one with its cid is alive."""
+    reason = f"cid {client.cid} is in use by another device"
+    if other.properties["device_id"] == client.properties["device_id"]:
+        reason += ", with the same id: one card is a copy of the other's; give each device its own cid"
+    return TurnedAway(reason, client.cid)
+
+
+def describe_missing(num_clients, there):
+    missing = [str(cid) for cid in range(num_clients) if str(cid) not in there]
+    cids = ", ".join(missing[:20] + ["…"] * (len(missing) > 20))
+    return f"waiting for {len(missing)} of {num_clients} clients: cid {cids}"
 
 
 def describe(properties):
