@@ -22,15 +22,14 @@ from plumbing.common.state import float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop import start
 from plumbing.laptop.asking import Absences
-from plumbing.laptop.curves import complete
 from plumbing.laptop.earlier import find_run, read_args, resume
-from plumbing.laptop.ending import Run, fail
+from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional
 from plumbing.laptop.flower import start_grid, start_server
 from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
 from plumbing.laptop.nodes import Nodes
-from plumbing.laptop.record import Diverged, Record
+from plumbing.laptop.record import Diverged, GlobalTest, Record
 from plumbing.laptop.registry import Registry
 from plumbing.laptop.rounds import LASTING, Rounds, Target
 from plumbing.laptop.screen import Progress
@@ -202,35 +201,25 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     # 2. The earlier run, if --resume goes on from one.
     folder = ckps / args.dataset
     lock = start.hold_folder(folder, args.dataset)
-    source, rows, run_id, known_as = find_run(folder, args.resume), [], None, ""
-    if source:
-        rows, run_id, known_as = resume(source, model, about, load_checkpoint, args.allow_new_data)
+    earlier = resume(find_run(folder, args.resume), model, about, load_checkpoint, args.allow_new_data)
     if args.fedbn:  # the names of this run and of those before, under which devices keep their batch norm
-        about["fedbn"] = f"{secrets.token_hex(8)} {known_as}".strip()
-    tests = {"test": functools.partial(server_test_fn, {"test": test}), "count": functools.partial(count_answers, test)}
-    target = Target(args.target_accuracy, len(rows) + 1 if args.allow_new_data else 1)
-    over = target.why_over(rows, args.num_rounds)
-    if over:
-        say(f"{source / 'server.ptl'} {over}")
-        record = Record(model, source / "server.ptl", len(rows), rows=rows, about=about, **tests)
-        complete(record, run_id)
-        record.show_end()
-        return None
+        about["fedbn"] = f"{secrets.token_hex(8)} {earlier.fedbn}".strip()
+    target = Target(args.target_accuracy, earlier.last_round + 1 if args.allow_new_data else 1)
+    over = target.why_over(earlier.rows, args.num_rounds)
+    if over:  # no round is left, only what a kill in the last one has prevented
+        folder = earlier.folder
+        say(f"{folder / 'server.ptl'} {over}")
 
     # 3. The parts: each round goes from the clients in the registry through server and strategy into the record.
-    curves = start.start_curves(args, datasets / args.dataset, info, model, run_id, rows)
-    progress = Progress(args.num_rounds, len(rows))
-    record = Record(
-        model,
-        folder / "server.ptl",
-        last_round=len(rows),
-        source=source,
-        rows=rows,
-        **tests,
-        about={**about, "wandb_run_id": curves.run.id},
-        on_row=progress.show_row,
-        log=curves.log,
-    )
+    curves = start.start_curves(args, datasets / args.dataset, info, model, earlier, needed=not over)
+    tester = GlobalTest(functools.partial(server_test_fn, {"test": test}), functools.partial(count_answers, test))
+    record = Record(model, folder / "server.ptl", earlier, tester, {**about, "wandb_run_id": curves.run.id})
+    if over:
+        record.close()
+        show_results(record, curves)
+        return None
+    progress = Progress(args.num_rounds, earlier.last_round)
+    record.on_saved += [curves.log_round, progress.show_round]
     config = name_task(args.net, info["id"]) if in_app else {}
     config.update({"fedbn": about["fedbn"]} if args.fedbn else {})
     strategy = build_strategy(args, model, record, num_fit, config, progress.show_drop)

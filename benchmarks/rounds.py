@@ -82,9 +82,9 @@ def serve(kind, num_clients, port):
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
-        from plumbing.laptop.curves import start_wandb
         from plumbing.laptop.record import Record
         from plumbing.laptop.registry import Registry
+        from plumbing.laptop.wandb_run import start_wandb
 
         import server
         import strategies
@@ -94,7 +94,8 @@ def serve(kind, num_clients, port):
         ours = type("Ours", (Gate, strategies.FedAvg), {})
         path = CKPS / task["dataset"] / "server.ptl"
         about = {"dataset": task["dataset"], "wandb_run_id": curves.run.id}
-        parts["strategy"] = ours(model, record=Record(model, path, about=about, log=curves.log), **numbers)
+        record = Record(model, path, about=about, on_saved=[curves.log_round])
+        parts["strategy"] = ours(model, record=record, **numbers)
         clients = Registry(num_clients, task, None, port)
         parts["server"] = server.Server(clients, parts["strategy"], num_clients)
     parts["strategy"].gate_before = memory_of("self", "VmRSS")

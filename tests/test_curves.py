@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from plumbing.laptop import listening, pictures
 from plumbing.laptop.curves import Curves
 from plumbing.laptop.history import COLUMNS, TIMES
+from plumbing.laptop.screen import list_accuracies
 
 import cv2
 import numpy as np
@@ -117,7 +118,7 @@ def test_commit_of_the_code_is_git_s_own(tmp_path):
     shutil.copytree(ROOT / "plumbing", tmp_path / "plumbing", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "nets.py", tmp_path)
     git = ["git", "-C", tmp_path, "-c", "user.name=ada", "-c", "user.email=ada@example.org"]
-    code = "import json; from plumbing.laptop.curves import describe_code; print(json.dumps(describe_code()))"
+    code = "import json; from plumbing.laptop.wandb_run import describe_code; print(json.dumps(describe_code()))"
 
     def described():
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=120)
@@ -240,7 +241,7 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     row = history(tiny).iloc[-1]
     bar = laptop.out.replace("\r", "\n")
     figures = f"fit {row['fit_accuracy']:.3f} eval {row['eval_accuracy']:.3f} test {row['test_accuracy']:.3f}"
-    assert re.search(rf"^round 3/3 .*{re.escape(figures)}, \d+\.\d s a round, 00:00 to go$", bar, re.MULTILINE)
+    assert re.search(rf"^round 3/3 .*{re.escape(figures)}, \d+\.\d s/round, 00:00 to go$", bar, re.MULTILINE)
     assert "round 1/3  fit_loss" not in bar
 
 
@@ -456,6 +457,6 @@ def test_confusions_are_drawn_for_any_number_of_classes(tmp_path, drawn, num_cla
     axes = drawn[0].axes[0]
     assert len(axes.texts) == (num_classes**2 if num_classes <= 20 else 0)
     np.testing.assert_allclose(axes.images[0].get_array()[0], counts[0] / counts[0].sum())
-    text = pictures.list_accuracies(counts, names)
+    text = list_accuracies(counts, names)
     assert "nan" not in text and text.count(",") < 12
     assert num_classes > 12 or f"{counts[0, 0] / counts[0].sum():.2f}" in text

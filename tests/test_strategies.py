@@ -8,8 +8,10 @@ import time
 from plumbing.common.fast import Adam
 from plumbing.common.state import get_arrays, set_arrays
 from plumbing.laptop.checks import reaches
-from plumbing.laptop.history import FIT_METRICS
-from plumbing.laptop.record import Record
+from plumbing.laptop.curves import as_curves
+from plumbing.laptop.earlier import Earlier
+from plumbing.laptop.history import FIT_METRICS, read_history
+from plumbing.laptop.record import GlobalTest, Record
 
 import numpy as np
 import pandas as pd
@@ -202,7 +204,7 @@ def test_accuracies_lie_in_0_to_1_and_losses_are_not_negative(fedavg, drops, val
 
 def test_telemetry_that_cannot_be_true_is_left_out_with_its_name_once(fedavg, drops, capsys):
     logged = []
-    fedavg.record.log = lambda figures, step: logged.append(figures)
+    fedavg.record.on_saved = [lambda row, clients: logged.append(as_curves(row, clients))]
     good = {"fit_seconds": 2.5, "wait_seconds": 0, "throttled": 0x50005, "load": 1.5, "peak_memory_mb": 300.0}
     odd = {"fit_seconds": -1, "wait_seconds": 1e300, "cpu_temp_c": 1e6, "throttled": 2**40, "load": math.nan}
     for current in (1, 2):
@@ -333,7 +335,7 @@ NONSENSE = {
 @pytest.mark.parametrize("kind", [*NONSENSE, "inf and -inf", "many"])
 def test_further_metrics_of_any_kind_end_nothing_and_are_in_no_mean(fedavg, drops, kind, tmp_path):
     logged = []
-    fedavg.record.log = lambda figures, step: logged.append(figures)
+    fedavg.record.on_saved = [lambda row, clients: logged.append(as_curves(row, clients))]
     extras = [{"extra": NONSENSE.get(kind)}] * 2
     if kind == "inf and -inf":
         extras = [{"extra": math.inf}, {"extra": -math.inf}]
@@ -673,6 +675,10 @@ def test_where_all_move_far_none_is_far_outside(fedavg, drops):
 # The record.
 
 
+def earlier_run(folder, last_round):
+    return Earlier(folder, read_history(folder, last_round))
+
+
 def recorded(path, **options):
     """FedAvg with a record of its own options."""
     model = LeNet5(1, 2)
@@ -687,7 +693,7 @@ def run_round(strategy, current, value=1.0):
 
 def test_a_round_is_recorded_with_its_failures(tmp_path):
     rows = []
-    strategy = recorded(tmp_path / "server.ptl", on_row=rows.append)
+    strategy = recorded(tmp_path / "server.ptl", on_saved=[lambda row, clients: rows.append(row)])
     failures = [RuntimeError("gone"), (Proxy(5), FitRes(Status(Code.FIT_NOT_IMPLEMENTED, "no"), None, 0, {}))]
     strategy.aggregate_fit(1, [fit_result(0, arrays_like(strategy.model, 1.0)), fit_result(1, [])], failures)
     strategy.aggregate_evaluate(1, [evaluate_result(0, 10), evaluate_result(1, 0)], [])
@@ -724,7 +730,7 @@ def test_the_next_round_does_not_wait_for_the_test_of_the_last(tmp_path):
         def __len__(self):
             return 1
 
-    strategy = recorded(tmp_path / "server.ptl", test=functools.partial(server_test_fn, {"test": Loader()}))
+    strategy = recorded(tmp_path / "server.ptl", test=GlobalTest(functools.partial(server_test_fn, {"test": Loader()})))
     started = time.monotonic()
     run_round(strategy, 1)
     run_round(strategy, 2)
@@ -741,7 +747,7 @@ def test_going_on_drops_rows_after_the_checkpoint_and_keeps_the_best(tmp_path):
     for current in (1, 2, 3):
         run_round(strategy, current)
     strategy.close()
-    strategy = recorded(tmp_path / "server.ptl", last_round=2)  # killed before round 3's checkpoint
+    strategy = recorded(tmp_path / "server.ptl", earlier=earlier_run(tmp_path, 2))  # killed before round 3's checkpoint
     run_round(strategy, 3)
     strategy.close()
     assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1, 2, 3]
@@ -751,7 +757,7 @@ def test_what_fails_in_the_worker_reaches_the_server(tmp_path):
     strategy = FedAvg(LeNet5(1, 2), tmp_path / "server.ptl")
     run_round(strategy, 1)
     strategy.close()
-    strategy = recorded(tmp_path / "server.ptl", last_round=1)
+    strategy = recorded(tmp_path / "server.ptl", earlier=earlier_run(tmp_path, 1))
     (tmp_path / ".history.csv.part").mkdir()  # nothing can be written under that name now
     run_round(strategy, 2)
     with pytest.raises(OSError):
@@ -795,7 +801,7 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     from server import Server
 
     started = []
-    monkeypatch.setattr(Record, "_draw", lambda self: None)  # half of the time
+    monkeypatch.setattr(Record, "draw", lambda self: None)  # half of the time
     monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
     class Trainer(ClientProxy):
@@ -832,8 +838,8 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
         path = tmp_path / name / "server.ptl"
         enough = dict.fromkeys(("min_fit_clients", "min_evaluate_clients", "min_available_clients"), 1)
         model = LeNet5(1, 2)
-        test = functools.partial(server_test_fn, {"test": Loader(bad)})
-        kept = Record(model, path, test=test, on_row=rows.append)
+        test = GlobalTest(functools.partial(server_test_fn, {"test": Loader(bad)}))
+        kept = Record(model, path, test=test, on_saved=[lambda row, clients: rows.append(row)])
         strategy = FedAvg(model, record=kept, **enough)
         try:
             Server(manager, strategy, **options).fit(5, None)

@@ -11,7 +11,7 @@ from plumbing.common.process import UserError, printable, say
 from plumbing.laptop.curves import Curves
 from plumbing.laptop.record import Diverged
 from plumbing.laptop.rounds import Hopeless, Rounds, Stopped
-from plumbing.laptop.screen import Progress
+from plumbing.laptop.screen import Progress, show_end
 
 from flwr.server import ServerConfig
 
@@ -39,9 +39,14 @@ class Run:
             why = server.error or (server.signum and signal.Signals(server.signum).name) or f"exit code {code}"
             text = f"{record.about['dataset']}, after round {len(record.history.rows)}: {printable(why)}"
             self.curves.alert("the run ended early", text)
-        self.curves.finish(record.models(), record.mistakes, record.about["classes"])
-        record.show_end()
+        show_results(record, self.curves)
         return code
+
+
+def show_results(record, curves):
+    """Send and print the results of a closed record."""
+    curves.finish(record.models(), record.mistakes, record.about["classes"])
+    show_end(record)
 
 
 def run_rounds(server, start, **kwargs):

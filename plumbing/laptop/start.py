@@ -7,9 +7,9 @@ from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
-from plumbing.laptop.curves import describe_code, describe_data, start_wandb
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
+from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
 
 MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
 
@@ -79,17 +79,19 @@ def hold_folder(folder, dataset):
     return lock
 
 
-def start_curves(args, folder, info, model, run_id, rows):
-    """Return the Curves of the run, which goes on after `rows` of its history; print what is trained on what.
+def start_curves(args, folder, info, model, earlier, needed):
+    """Return the Curves of the run; print what is trained on what, if rounds are `needed`.
 
-    folder, info: the dataset's, and what it is (data.describe_dataset). run_id: wandb's, None for a new run.
+    folder, info: the dataset's, and what it is (data.describe_dataset). earlier: the earlier.Earlier that goes on.
     """
     facts = describe_data(folder)
-    curves, where = start_wandb(args.dataset, run_id, {**plain_args(args), "data": facts, **describe_code()}, rows)
-    show_task(args, info, facts, count_parameters(model))
+    config = {**plain_args(args), "data": facts, **describe_code()}
+    curves, where = start_wandb(args.dataset, earlier.run_id, config, earlier.rows, needed=needed)
+    if needed:
+        show_task(args, info, facts, count_parameters(model))
     say(where)
     curves.show_split(info["split"], info["classes"])
-    curves.catch_up(rows)
+    curves.catch_up(earlier.rows)
     return curves
 
 
