@@ -77,7 +77,7 @@ def figure_in_short():
 def draw_figure(path):
     """The curves of figure.csv, as server.py draws them."""
     sys.path.append(str(ROOT))
-    from record import draw_metrics
+    from plumbing.laptop.pictures import draw_metrics
 
     history, _ = read_figure()
     draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, "CIFAR10")

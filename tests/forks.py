@@ -156,6 +156,8 @@ def run(argv, cwd, env):
     os.environ.update(env)
     sys.modules["numpy"].random.seed()  # Python seeds its own generator at a fork
     sys.modules["torch"].default_generator.seed()
+    # A temporary folder that wandb makes when it is imported: the first process to end would remove it for all.
+    sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP.__init__("wandb-media")
     main = types.ModuleType("__main__")
     sys.orig_argv[1:], sys.modules["__main__"] = argv, main
     if argv[0] == "-c":

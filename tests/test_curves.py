@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,10 @@ import time
 import warnings
 from types import SimpleNamespace
 
-from plumbing.laptop import pictures
+from plumbing.laptop import listening, pictures
+from plumbing.laptop.curves import Curves
+from plumbing.laptop.history import COLUMNS, TIMES
+from plumbing.laptop.screen import list_accuracies
 
 import cv2
 import numpy as np
@@ -36,7 +40,6 @@ from helpers import (
 from test_telemetry import FAKE_SENSORS
 from test_wandb import ON_TERMINAL
 
-import record
 import server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,10 +115,10 @@ def test_config_says_with_what_on_what_and_by_whom_it_was_made(shown):
 
 
 def test_commit_of_the_code_is_git_s_own(tmp_path):
-    for name in ("libs.py", "nets.py", "data.py", "engines.py", "record.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    shutil.copytree(ROOT / "plumbing", tmp_path / "plumbing", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "nets.py", tmp_path)
     git = ["git", "-C", tmp_path, "-c", "user.name=ada", "-c", "user.email=ada@example.org"]
-    code = "import json, record; print(json.dumps(record.describe_code()))"
+    code = "import json; from plumbing.laptop.wandb_run import describe_code; print(json.dumps(describe_code()))"
 
     def described():
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=120)
@@ -227,8 +230,8 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     args = [tiny.root / "server.py", "--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 3, *flags]
     laptop = tiny.start("-c", ON_TERMINAL, sys.executable, *args)
     laptop.wait_for("--cid 0", timeout=120)
-    (line,) = lines(laptop, "on the device: ")
-    command = line.strip().removeprefix("on the device: ")
+    (line,) = lines(laptop, "run on the device: ")
+    command = line.strip().removeprefix("run on the device: ")
     assert f"--server_port {tiny.port} --dataset Tiny" in command
     client = subprocess.Popen(shlex.split(command), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL)
     try:
@@ -238,7 +241,7 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     row = history(tiny).iloc[-1]
     bar = laptop.out.replace("\r", "\n")
     figures = f"fit {row['fit_accuracy']:.3f} eval {row['eval_accuracy']:.3f} test {row['test_accuracy']:.3f}"
-    assert re.search(rf"^round 3/3 .*{re.escape(figures)}, \d+\.\d s a round, 00:00 to go$", bar, re.MULTILINE)
+    assert re.search(rf"^round 3/3 .*{re.escape(figures)}, \d+\.\d s/round, 00:00 to go$", bar, re.MULTILINE)
     assert "round 1/3  fit_loss" not in bar
 
 
@@ -255,13 +258,14 @@ def test_on_all_networks_the_command_has_an_address_of_this_machine():
     network.open()
     try:
         code = "import sys; sys.argv = ['server.py', '--server_address', '0.0.0.0', '--num_clients', '10']\n"
-        code += "import server; args = server.parse_args(); print(server.describe_client_command(args))"
+        code += "import server; from plumbing.laptop.listening import describe_client_command\n"
+        code += "print(describe_client_command(server.parse_args()))"
         command = ["ip", "netns", "exec", network.server, sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     finally:
         network.close()
     assert done.stdout == (
-        "on each device, with its number, 0 to 9, for N: .venv/bin/python client.py "
+        "run on each device (N = 0…9): .venv/bin/python client.py "
         f"--server_address {Network.address} --dataset CIFAR10 --cid N\n"
     )
 
@@ -270,14 +274,14 @@ def test_the_command_has_the_address_that_the_certificate_names(tmp_path, monkey
     (tmp_path / "deploy").mkdir()
     script = tmp_path / "deploy/make_certificates.sh"
     script.write_bytes((ROOT / "deploy/make_certificates.sh").read_bytes())
-    monkeypatch.setattr(server, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
+    monkeypatch.setattr(listening, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
     for names, expected in ((["192.0.2.8"], "192.0.2.8"), (["laptop.local"], "laptop.local")):
         subprocess.run(["bash", script, *names], capture_output=True, check=True, timeout=60)
         args = arguments(monkeypatch, "--server_address", "0.0.0.0", "--certificates", tmp_path / "certificates")
-        assert f"client.py --server_address {expected} --dataset CIFAR10 " in server.describe_client_command(args)
-    said = server.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
+        assert f"client.py --server_address {expected} --dataset CIFAR10 " in listening.describe_client_command(args)
+    said = listening.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
     assert "--server_address 192.0.2.7 " in said and "(this machine is also 192.0.2.8)" in said
-    assert "--server_address laptop.local " in server.describe_client_command(
+    assert "--server_address laptop.local " in listening.describe_client_command(
         arguments(monkeypatch, "--server_address", "laptop.local")
     )
 
@@ -379,7 +383,7 @@ def drawn(monkeypatch):
 
 
 def row_of(current, value):
-    return {name: value for name in record.COLUMNS} | {"round": current}
+    return {name: value for name in COLUMNS} | {"round": current}
 
 
 @pytest.mark.parametrize("rounds", [1, 5, 300])
@@ -418,7 +422,7 @@ def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
         others = np.delete(brightness, num_devices // 2)
         assert (sign * (brightness[num_devices // 2] - others) > 0.5).all()
     for value in (float("nan"), 1.7e308, -1e308):
-        clients = {"0": [{"round": 3, **dict.fromkeys(record.TIMES, value)}]}
+        clients = {"0": [{"round": 3, **dict.fromkeys(TIMES, value)}]}
         pictures.draw_devices(clients, tmp_path / "absurd.png", "D")
 
 
@@ -428,7 +432,7 @@ def test_confusions_are_sent_whole_or_not_at_all_which_is_said(capsys, num_class
     logged, counts = {}, 3 * np.eye(num_classes, dtype=int)
     counts[np.random.RandomState(0).rand(*counts.shape) < share] += 1
     run = SimpleNamespace(log=lambda figures, step: logged.update(figures), finish=lambda: None)
-    curves = record.Curves(run)
+    curves = Curves(run)
     curves.log({}, step=1)
     curves.finish({}, counts, None)
     assert len(logged["test/class_accuracy"].table.data) == num_classes
@@ -453,6 +457,6 @@ def test_confusions_are_drawn_for_any_number_of_classes(tmp_path, drawn, num_cla
     axes = drawn[0].axes[0]
     assert len(axes.texts) == (num_classes**2 if num_classes <= 20 else 0)
     np.testing.assert_allclose(axes.images[0].get_array()[0], counts[0] / counts[0].sum())
-    text = pictures.list_accuracies(counts, names)
+    text = list_accuracies(counts, names)
     assert "nan" not in text and text.count(",") < 12
     assert num_classes > 12 or f"{counts[0, 0] / counts[0].sum():.2f}" in text

@@ -16,6 +16,11 @@ from pathlib import Path
 from libs import UserError
 from plumbing.common.state import get_arrays, save_checkpoint
 from plumbing.laptop import worker
+from plumbing.laptop.curves import as_curves
+from plumbing.laptop.earlier import Earlier, best_of, kept_runs, move_aside, resume
+from plumbing.laptop.history import FILES, read_history
+from plumbing.laptop.record import Record, Round
+from plumbing.laptop.screen import describe_clients, show_end
 from plumbing.laptop.wandb_file import logged_steps
 
 import numpy as np
@@ -25,8 +30,7 @@ import torch
 from helpers import as_logged, start_patched, wandb_history
 
 import server
-from nets import LeNet5
-from record import FILES, Record, Round, best_of, move_aside, moved_aside, resume
+from nets import LeNet5, load_checkpoint
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -59,10 +63,10 @@ def test_the_worker_has_a_name_and_is_gone_after_close(tmp_path):
 
 
 def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_path):
-    def log(figures, step):
+    def fail(row, clients):
         raise OSError("no space")
 
-    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", log=log)
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[fail])
     add(record, 1)
     record.worker.thread.join(10)
     for call in (record.check, lambda: add(record, 2), record.close, record.close):
@@ -73,7 +77,7 @@ def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_pat
 def test_closing_gives_up_on_a_worker_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "STALLED", 0.2)
     release = threading.Event()
-    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_row=lambda row: release.wait(30))
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: release.wait(30)])
     add(record, 1)
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="the record hangs"):
@@ -108,10 +112,11 @@ def test_pictures_that_fail_do_not_fail_the_record(tmp_path, monkeypatch, capsys
 # The tables, as a power cut, a full disk or another version of the suite leaves them.
 
 
-def record_of(folder, rounds, last_round=0, **kwargs):
+def record_of(folder, rounds, last_round=0, rows=None):
     """Records `rounds` with one client, whose figures tell the round; gives the record, which is closed."""
-    record = Record(LeNet5(1, 2), folder / "server.ptl", last_round, **kwargs)
-    record._draw = lambda: None
+    earlier = Earlier(folder, read_history(folder, last_round) if rows is None else rows) if last_round else None
+    record = Record(LeNet5(1, 2), folder / "server.ptl", earlier)
+    record.draw = lambda: None
     for current in rounds:
         told = {"examples": 24, "fit_loss": current / 8, "fit_seconds": 1.0}
         record.add({"round": current, **FIGURES, "fit_loss": current / 8}, get_arrays(record.model), {"0": told})
@@ -121,7 +126,7 @@ def record_of(folder, rounds, last_round=0, **kwargs):
 
 def go_on(folder):
     """What --resume reads: the rows up to the checkpoint's round."""
-    return resume(folder, LeNet5(1, 2), {"dataset": None})[0]
+    return resume(folder, LeNet5(1, 2), {"dataset": None}, load_checkpoint).rows
 
 
 def test_tables_after_a_resume_are_those_of_one_run(tmp_path):
@@ -142,7 +147,7 @@ def test_rows_that_history_has_lost_are_empty_but_for_what_the_checkpoint_knows(
     header, *lines = (tmp_path / "history.csv").read_text().splitlines()
     (tmp_path / "history.csv").write_text("\n".join([header, *lines[:kept], lines[kept][:cut]]))
     rows = go_on(tmp_path)
-    assert f"has lost the rows from round {kept + 1} to 4" in capsys.readouterr().out
+    assert f"has lost the rows of rounds {kept + 1} to 4" in capsys.readouterr().out
     assert [row["round"] for row in rows] == [1, 2, 3, 4] and all(math.isnan(row["eval_loss"]) for row in rows[kept:-1])
     np.testing.assert_equal([*rows[:kept], rows[-1]], [*whole[:kept], whole[-1]])
     record_of(tmp_path, [5], last_round=4, rows=rows)
@@ -178,19 +183,19 @@ def test_damaged_lines_of_clients_are_left_out_and_said(tmp_path, capsys):
     lines = (tmp_path / "clients.csv").read_text().splitlines()
     (tmp_path / "clients.csv").write_text("\n".join([lines[0], "\0\0", *lines[2:], ""]))
     record_of(tmp_path, [4], last_round=3)
-    assert "1 lines are no rows, from line 2 on" in capsys.readouterr().out
+    assert "skipped 1 damaged lines, the first is line 2" in capsys.readouterr().out
     assert list(pd.read_csv(tmp_path / "clients.csv")["round"]) == [2, 3, 4]
 
 
 @pytest.mark.parametrize("limit", [1, 100])
 def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, limit):
     record = record_of(tmp_path, [1])
-    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", last_round=1)
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", Earlier(tmp_path, read_history(tmp_path, 1)))
     record.worker.close()
 
     def save(current):
         row = {"round": current, **FIGURES, "test_accuracy": current / 10}
-        record._save([Round(row, get_arrays(record.model), {"0": {"examples": 24}})])
+        record._save([Round(row, get_arrays(record.model), {"0": {"examples": 24}}, is_sound=True)])
 
     save(2)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
@@ -201,7 +206,7 @@ def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, li
             save(3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (line,) = record.clients.summarise(len(record.history.rows))
+    (line,) = describe_clients(record.clients.rows, len(record.history.rows))
     assert line.startswith("cid 0: 2 of 2 rounds")
     for path, content in before.items():
         after = path.read_bytes()
@@ -212,7 +217,8 @@ def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, li
 # A kill between any two writes.
 
 KILL = """
-import os, signal, record
+import os, signal
+from plumbing.laptop import curves, history, record, screen
 record.SAVE_EVERY = 0  # each round by itself, however short
 
 def kill_after(owner, name, when):
@@ -230,22 +236,22 @@ kill_after({})
 """
 ROUND_3 = {
     "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
-    "clients.csv": 'record.ClientHistory, "write", lambda self, rows: rows[-1]["round"] >= 3',
-    "history.csv": 'record.History, "write", lambda self, rows: rows[-1]["round"] >= 3',
+    "clients.csv": 'history.Table, "write", lambda self, rows: "cid" in rows[-1] and rows[-1]["round"] >= 3',
+    "history.csv": 'history.Table, "write", lambda self, rows: "clients" in rows[-1] and rows[-1]["round"] >= 3',
     "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
     "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
-    "wandb": 'record.Curves, "log", lambda self, figures, step: step == 3',
-    "screen": 'record.Progress, "show_row", lambda self, row: row["round"] == 3',
+    "wandb": 'curves.Curves, "log", lambda self, figures, step: step == 3',
+    "screen": 'screen.Progress, "show_round", lambda self, row, clients: row["round"] == 3',
 }
 RISING = """
-import record
+import engines
 accuracy = [0.0]
 
 def test(loaders, model):
     accuracy[0] += 0.01  # so that every round is the best
     return {"test_loss": 1.0, "test_accuracy": accuracy[0] + FIRST}
 
-record.server_test_fn = test
+engines.server_test_fn = script.server_test_fn = test
 """
 
 
@@ -386,19 +392,16 @@ def test_a_forgotten_resume_loses_nothing_and_what_is_said_can_be_done(tiny):
             server.send(signal.SIGINT)
         assert server.wait() == (2 if env else 130), server
         assert files_in(folder) == before and list(folder.parent.iterdir()) == [folder]
-        assert "--resume would go on from it" in server.out and "model:" not in server.out
+        assert "Use --resume to continue it" in server.out and "model:" not in server.out
     train(tiny, "--resume", num_rounds=3)
     assert list(pd.read_csv(folder / "history.csv")["round"]) == [1, 2, 3]
 
     server = train(tiny, num_rounds=1)  # now it is saved
     (aside,) = folder.parent.glob("Tiny.*")
-    assert f"to go on from it: --resume {aside}\n" in server.out
+    assert f"to continue it: --resume {aside}\n" in server.out
     (folder / "server.ptl").unlink()  # as when the new run is killed in its first save
     server = train(tiny, "--resume", num_rounds=1)
-    assert (
-        f"nothing to resume in {folder}: starting at round 1 (the newest run that was moved aside: --resume "
-        in server.out
-    )
+    assert f"nothing to resume in {folder}: starting at round 1 (the newest run that was kept: --resume " in server.out
     train(tiny, "--resume", aside, num_rounds=4)
     assert list(pd.read_csv(folder / "history.csv")["round"]) == [1, 2, 3, 4]
     assert list(pd.read_csv(aside / "history.csv")["round"]) == [1, 2, 3]
@@ -421,7 +424,7 @@ def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
 
         return run
 
-    files, done, folder = {name: name.encode() for name in FILES.values()}, [], tmp_path / "Tiny"
+    files, done, folder = {name: name.encode() for name in FILES}, [], tmp_path / "Tiny"
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -430,7 +433,7 @@ def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(Path, "rename", counted(Path.rename))
         with pytest.raises(Killed):
-            move_aside(folder, FILES.values())
+            move_aside(folder, FILES)
     runs = [path.parent for path in tmp_path.glob("[!.]*/server.ptl")]
     assert any({path.name: path.read_bytes() for path in run.iterdir()} == files for run in runs)
 
@@ -440,7 +443,7 @@ def test_two_runs_moved_in_one_second_keep_apart(tmp_path):
     folder.mkdir()
     for content in (b"1", b"2", b"3"):
         (folder / "server.ptl").write_bytes(content)
-        move_aside(folder, FILES.values())
+        move_aside(folder, FILES)
     assert sorted(path.read_bytes() for path in tmp_path.glob("Tiny.*/server.ptl")) == [b"1", b"2", b"3"]
     assert list(folder.iterdir()) == []
 
@@ -449,7 +452,7 @@ def test_runs_of_a_dataset_with_a_longer_name_are_not_offered(tmp_path):
     for name in ("Num.2026-11-26_120000", "Num.2026-11-26_120000_2", "Num.v2", "Num.v2.2026-11-27_120000", "Num2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "server.ptl").write_bytes(b"")
-    offered = [path.name for path in moved_aside(tmp_path / "Num")]
+    offered = [path.name for path in kept_runs(tmp_path / "Num")]
     assert offered == ["Num.2026-11-26_120000", "Num.2026-11-26_120000_2"]
 
 
@@ -459,9 +462,9 @@ OLD = {"dataset": "D", "classes": ["ant", "bee"], "dataset_id": "1" * 64}
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"classes": ["ant", "cat"]}, "classes are others, bee where cat is now"),
-        ({"classes": ["bee", "ant"]}, "classes are others, ant where bee is now"),
-        ({"dataset_id": "2" * 64}, "its shards or its test set are others"),
+        ({"classes": ["ant", "cat"]}, "classes differ: bee is now cat"),
+        ({"classes": ["bee", "ant"]}, "classes differ: ant is now bee"),
+        ({"dataset_id": "2" * 64}, "its shards or its test set differ"),
         ({}, None),
         ({"dataset_id": None}, None),
         ({"images": {"fit": "crop"}, "args": {"lr": 1}}, None),
@@ -475,21 +478,20 @@ def test_other_data_is_refused_unless_it_is_allowed(tmp_path, change, reason):
         save_checkpoint(tmp_path / "server.ptl", LeNet5(1, 2), {**old, "round": 1})
         now = {**OLD, **change}
         if reason is None or (old["dataset_id"] is None and "classes" not in change):
-            assert len(resume(tmp_path, LeNet5(1, 2), now)[0]) == 1
+            assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint).rows) == 1
             continue
         with pytest.raises(UserError, match=f"{reason}.*--allow_new_data"):
-            resume(tmp_path, LeNet5(1, 2), now)
-        assert len(resume(tmp_path, LeNet5(1, 2), now, allow_new_data=True)[0]) == 1
+            resume(tmp_path, LeNet5(1, 2), now, load_checkpoint)
+        assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint, allow_new_data=True).rows) == 1
     for model, dataset in ((LeNet5(1, 3), "D"), (LeNet5(3, 2), "D"), (LeNet5(1, 2), "E")):
         with pytest.raises(UserError) as refused:
-            resume(tmp_path, model, {**OLD, "dataset": dataset}, allow_new_data=True)
+            resume(tmp_path, model, {**OLD, "dataset": dataset}, load_checkpoint, allow_new_data=True)
         assert "--allow_new_data" not in str(refused.value)
 
 
 def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys):
     about = {**OLD, "dataset": "Tiny"}
     with contextlib.closing(Record(LeNet5(1, 2), tmp_path / "server.ptl", about=about)) as record:
-        record.test_loaders = None
         for current, accuracy in enumerate((0.5, 0.75, 0.25), start=1):
             row = {"round": current, "clients": 1, "failures": 0, "test_accuracy": accuracy}
             record.add(row, get_arrays(LeNet5(1, 2)), {})
@@ -498,16 +500,16 @@ def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys)
     damaged[len(damaged) // 2] ^= 0x40
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"server.ptl: it is damaged.*of round 2, first: cp ") as refused:
-        resume(tmp_path, LeNet5(1, 2), about)
+        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
     subprocess.run(str(refused.value).split("first: ")[1], shell=True, check=True)
-    rows, _, _ = resume(tmp_path, LeNet5(1, 2), about)
+    rows = resume(tmp_path, LeNet5(1, 2), about, load_checkpoint).rows
     assert [row["test_accuracy"] for row in rows] == [0.5, 0.75]
     (tmp_path / "best.ptl").write_bytes(damaged)
     assert best_of(tmp_path, 2, about) == (0.75, path)
     assert "best.ptl is not used: it is damaged" in capsys.readouterr().out
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="server.ptl: it is damaged") as refused:
-        resume(tmp_path, LeNet5(1, 2), about)
+        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
     assert "cp " not in str(refused.value)
 
 
@@ -538,11 +540,11 @@ def test_best_starts_anew_on_new_data(tiny, shapes_zip):
 @pytest.mark.parametrize("number", [100, 101])
 def test_no_more_than_a_hundred_clients_have_curves_and_lines_of_their_own(tmp_path, capsys, number):
     logged = {}
-    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", log=lambda figures, step: logged.update(figures))
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: logged.update(as_curves(*saved))])
     told = {str(cid): {"examples": 5, "fit_loss": 1.0, "fit_seconds": 1.0 + cid} for cid in range(number)}
     record.add({"round": 1, **FIGURES}, get_arrays(record.model), told)
     record.close()
-    record.show_end()
+    show_end(record)
     out = capsys.readouterr().out
     shown = [f"clients/{cid}/fit_loss" in logged for cid in told], [f"cid {cid}: 1 of 1" in out for cid in told]
     assert shown == ([number <= 100] * number, [number <= 100] * number)

@@ -4,7 +4,7 @@ import ast
 
 from helpers import ROOT
 
-SCRIPTS = ("libs", "nets", "data", "engines", "record", "strategies", "registry", "server")
+SCRIPTS = ("libs", "nets", "data", "engines", "strategies", "server")
 DEVICE = {"libs", "nets", "data", "engines", "client"}  # what a device has of the root
 LAPTOP_ONLY = {"pandas", "wandb", "matplotlib"}
 ROOMS = {  # of plumbing: what else of plumbing each may import

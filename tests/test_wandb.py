@@ -253,8 +253,9 @@ def on_terminal(suite, *command):
 
 def start_curves(suite):
     """Start what server.py does for wandb, without the training: start_wandb, a step, the end."""
-    code = f"import sys, time; sys.path.insert(0, {str(suite.root)!r}); import server; began = time.monotonic()\n"
-    code += "run, where = server.start_wandb('Tiny', None, {'lr': 0.1}); print(where)\n"
+    code = f"import sys, time; sys.path.insert(0, {str(suite.root)!r})\n"
+    code += "from plumbing.laptop.wandb_run import start_wandb\nbegan = time.monotonic()\n"
+    code += "run, where = start_wandb('Tiny', None, {'lr': 0.1}); print(where)\n"
     code += "run.log({'fit_loss': 0.5}, step=1); run.finish(); print('took', time.monotonic() - began)"
     return on_terminal(suite, "-c", code)
 
@@ -441,7 +442,7 @@ def test_wandb_mode_disabled_trains_and_leaves_nothing_of_wandb(laptops, stubs):
     suite = laptops(stubs(), KEY, WANDB_MODE="disabled")
     server, clients = start_training(suite, 2), start_clients(suite)
     assert server.wait(90) == 0 and [client.wait(20) for client in clients] == [0, 0], server
-    assert len(history(suite)) == 2 and "curves: WANDB_MODE is disabled\n" in server.out
+    assert len(history(suite)) == 2 and "curves: Weights & Biases is disabled (as WANDB_MODE says)\n" in server.out
     assert not (suite.root / "wandb").exists() and suite.stub.requests == []
 
 

@@ -1,4 +1,4 @@
-"""What stands for a net's parameters on the wire; for both of its ends, registry.py and client.py.
+"""What stands for a net's parameters on the wire; for both of its ends, laptop/registry and device/connection.
 
 A device that holds a model already, as the averaged one that it has just evaluated, is sent its name alone when it is
 to train from it. And --compress shrinks the float32 parameters, not the buffers, to differences of 16 bits (fp16) or 8

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from plumbing.common.files import atomic_write
 from plumbing.common.process import printable, say
+from plumbing.laptop.history import TIMES
 
 import numpy as np
 
-TIMES = {"fit_seconds": "fit", "eval_seconds": "evaluate", "wait_seconds": "waiting"}
 STYLES = {"fit": "C0-", "eval": "C1--", "global_eval": "C2-.", "test": "C3:"}
 
 
@@ -159,17 +159,3 @@ def draw_split(path, title, split, classes):
 def accuracies(counts):
     """The share of the images of each class that are found, a list; nan for a class of which there are none."""
     return [row[index] / row.sum() if row.any() else math.nan for index, row in enumerate(counts)]
-
-
-def list_accuracies(counts, classes):
-    """The accuracy of each class, as text; of many classes that of the worst and the best alone."""
-    names = [printable(name, 20) for name in classes or range(len(counts))]
-    known = [(share, name) for share, name in zip(accuracies(counts), names) if not math.isnan(share)]
-    if len(known) > 12:
-        known.sort()
-        return f"worst {list_pairs(known[:5])}; best {list_pairs(known[-5:])}"
-    return list_pairs(known)
-
-
-def list_pairs(pairs):
-    return ", ".join(f"{name} {share:.2f}" for share, name in pairs)
