@@ -405,8 +405,9 @@ def test_earlier_files_are_moved_aside_without_resume(open_suite):
 
 FAILING = {
     "raise": """raise RuntimeError(f"out of memory, {time.monotonic_ns()} bytes are free")""",
-    "nan": """return [np.full_like(array, np.nan) for array in real_fit(self, parameters, config)[0]], 10, FIGURES""",
-    "shape": """return real_fit(self, parameters, config)[0][:-1], 10, FIGURES""",
+    "nan": """arrays, images, _ = real_fit(self, parameters, config)
+        return [np.full_like(array, np.nan) for array in arrays], images, FIGURES""",
+    "shape": """arrays, images, _ = real_fit(self, parameters, config); return arrays[:-1], images, FIGURES""",
     "slow": """time.sleep(3); return real_fit(self, parameters, config)""",
 }
 FAIL_FROM = """

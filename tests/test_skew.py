@@ -542,8 +542,8 @@ def test_value_out_of_range_is_refused(monkeypatch, flag, values):
     [
         (["--fedbn", "--net", "GroupNet"], "--fedbn has nothing to keep on the devices: GroupNet has no batch norm"),
         (
-            ["--strategy", "Krum", "--num_clients", 10, "--fraction_fit", 0.29],
-            "--strategy Krum needs rounds of 3 clients or more; --fraction_fit 0.29 of 10 clients is 2",
+            ["--strategy", "Krum", "--num_clients", 3, "--fraction_fit", 0.67],
+            "--strategy Krum needs rounds of 3 clients or more; --fraction_fit 0.67 of 3 clients is 2",
         ),
         (
             ["--target_accuracy", 0.5, "--num_rounds", 2],
