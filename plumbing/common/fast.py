@@ -79,8 +79,9 @@ class Adam:
             step_all(parameters, gradients, means, squares, [], steps, **options, **UNUSED_OPTIONS)
 
 
-def plain_adam(parameters, gradients, means, squares, _, steps, lr, beta1, beta2, eps, **unused):
-    """Compute what torch._fused_adam_ computes, for a torch that has it not or not on the CPU (before 2.4)."""
+def plain_adam(parameters, gradients, means, squares, _, steps, **options):
+    """Compute what torch._fused_adam_ computes, for a torch that lacks it, or lacks it on the CPU (before 2.4)."""
+    lr, beta1, beta2, eps = (options[name] for name in ("lr", "beta1", "beta2", "eps"))
     for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
