@@ -12,7 +12,7 @@ UNUSED_OPTIONS = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
 
 class PoolFunction(torch.autograd.Function):
-    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
+    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch."""
 
     @staticmethod
     def forward(ctx, images):
@@ -35,7 +35,7 @@ class PoolFunction(torch.autograd.Function):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(2), for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
+    """nn.MaxPool2d(2) in a third of its time on a CPU, by maxima of whole slices, if height and width are even."""
 
     def __init__(self):
         super().__init__(2)
