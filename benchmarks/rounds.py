@@ -33,7 +33,7 @@ NET = ("LeNet5", 3, 10)  # name, channels, classes
 
 
 def make_task():
-    """What server and clients must have in common (registry.handshake)."""
+    """What server and clients must have in common (plumbing/laptop/handshake)."""
     task = {"dataset": "bench", "dataset_id": None, "net": NET[0], "channels": NET[1], "num_classes": NET[2]}
     return {**task, "fingerprint": fingerprint(build_net(*NET)), "trial": trial(build_net(*NET))}
 
@@ -83,8 +83,9 @@ def serve(kind, num_clients, port):
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
         from plumbing.laptop.curves import start_wandb
+        from plumbing.laptop.record import Record
+        from plumbing.laptop.registry import Registry
 
-        import registry
         import server
         import strategies
 
@@ -93,15 +94,15 @@ def serve(kind, num_clients, port):
         ours = type("Ours", (Gate, strategies.FedAvg), {})
         path = CKPS / task["dataset"] / "server.ptl"
         about = {"dataset": task["dataset"], "wandb_run_id": curves.run.id}
-        parts["strategy"] = ours(model, path, about=about, log=curves.log, **numbers)
-        clients = registry.Registry(num_clients, task, None, port)
+        parts["strategy"] = ours(model, record=Record(model, path, about=about, log=curves.log), **numbers)
+        clients = Registry(num_clients, task, None, port)
         parts["server"] = server.Server(clients, parts["strategy"], num_clients)
     parts["strategy"].gate_before = memory_of("self", "VmRSS")
     start_server(server_address=f"127.0.0.1:{port}", config=ServerConfig(num_rounds=MANY), **parts)
 
 
 class Echo(client.Client):
-    """A client that says what registry.handshake asks for, and gives back the parameters that it gets."""
+    """A client that says what plumbing/laptop/handshake asks for, and gives back the parameters that it gets."""
 
     def __init__(self, cid, task):
         who = {"cid": cid, "device_id": f"{cid:032x}", "process": f"{cid:016x}", "num_fit": 4000, "num_eval": 1000}

@@ -21,6 +21,8 @@ import zipfile
 
 import libs
 from plumbing.common.state import save_checkpoint
+from plumbing.device import connection
+from plumbing.laptop import start
 
 import cv2
 import numpy as np
@@ -89,7 +91,7 @@ def refuse(tmp_path, small, monkeypatch, capfd):
     def not_refused(*args, **kwargs):
         raise AssertionError("the input was taken")
 
-    monkeypatch.setattr(server, "start_wandb", not_refused)
+    monkeypatch.setattr(start, "start_wandb", not_refused)
     monkeypatch.setattr(server, "start_server", not_refused)
     monkeypatch.setattr(socket, "create_connection", not_refused)  # how a client knocks at the server's door
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
@@ -585,7 +587,7 @@ def test_certificates_out_of_date_are_said_on_both_sides(refuse, tmp_path, monke
         server_side = threading.Thread(target=answer)
         server_side.start()
         try:
-            said = client.probe("localhost", listening.getsockname()[1], tmp_path / "ca.pem")
+            said = connection.probe("localhost", listening.getsockname()[1], tmp_path / "ca.pem")
         except libs.UserError as error:
             said = str(error)
         server_side.join()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers import history, lines, new_suite, ordered_client, play, start_patched
 
-QUICK = "import registry; registry.BUSY, registry.HEARTBEAT = 1, 2"  # seconds
+QUICK = "from plumbing.laptop import remote; remote.BUSY, remote.HEARTBEAT = 1, 2"  # seconds
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_frozen_device_is_replaced(boards):
 def test_client_that_finds_its_way_back_replaces_its_own_connection_at_once(boards):
     """Its old connection still seems to be open and busy: both are of one process, so there is nothing to find out."""
     laptop, one, _ = boards
-    never = "import registry; registry.BUSY = registry.HEARTBEAT = 10**6"
+    never = "from plumbing.laptop import remote; remote.BUSY = remote.HEARTBEAT = 10**6"
     server = start_patched(laptop, "server", never, "--num_clients", 1, "--num_rounds", 2)
     client = ordered_client(one, 0, "--twice")
     client.wait_for("fit of round 1", timeout=120)

@@ -14,7 +14,7 @@ import time
 import warnings
 from types import SimpleNamespace
 
-from plumbing.laptop import pictures
+from plumbing.laptop import listening, pictures
 from plumbing.laptop.curves import Curves
 from plumbing.laptop.history import COLUMNS, TIMES
 
@@ -229,8 +229,8 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     args = [tiny.root / "server.py", "--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 3, *flags]
     laptop = tiny.start("-c", ON_TERMINAL, sys.executable, *args)
     laptop.wait_for("--cid 0", timeout=120)
-    (line,) = lines(laptop, "on the device: ")
-    command = line.strip().removeprefix("on the device: ")
+    (line,) = lines(laptop, "run on the device: ")
+    command = line.strip().removeprefix("run on the device: ")
     assert f"--server_port {tiny.port} --dataset Tiny" in command
     client = subprocess.Popen(shlex.split(command), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL)
     try:
@@ -257,13 +257,14 @@ def test_on_all_networks_the_command_has_an_address_of_this_machine():
     network.open()
     try:
         code = "import sys; sys.argv = ['server.py', '--server_address', '0.0.0.0', '--num_clients', '10']\n"
-        code += "import server; args = server.parse_args(); print(server.describe_client_command(args))"
+        code += "import server; from plumbing.laptop.listening import describe_client_command\n"
+        code += "print(describe_client_command(server.parse_args()))"
         command = ["ip", "netns", "exec", network.server, sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     finally:
         network.close()
     assert done.stdout == (
-        "on each device, with its number, 0 to 9, for N: .venv/bin/python client.py "
+        "run on each device (N = 0…9): .venv/bin/python client.py "
         f"--server_address {Network.address} --dataset CIFAR10 --cid N\n"
     )
 
@@ -272,14 +273,14 @@ def test_the_command_has_the_address_that_the_certificate_names(tmp_path, monkey
     (tmp_path / "deploy").mkdir()
     script = tmp_path / "deploy/make_certificates.sh"
     script.write_bytes((ROOT / "deploy/make_certificates.sh").read_bytes())
-    monkeypatch.setattr(server, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
+    monkeypatch.setattr(listening, "own_addresses", lambda: ["192.0.2.7", "192.0.2.8"])
     for names, expected in ((["192.0.2.8"], "192.0.2.8"), (["laptop.local"], "laptop.local")):
         subprocess.run(["bash", script, *names], capture_output=True, check=True, timeout=60)
         args = arguments(monkeypatch, "--server_address", "0.0.0.0", "--certificates", tmp_path / "certificates")
-        assert f"client.py --server_address {expected} --dataset CIFAR10 " in server.describe_client_command(args)
-    said = server.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
+        assert f"client.py --server_address {expected} --dataset CIFAR10 " in listening.describe_client_command(args)
+    said = listening.describe_client_command(arguments(monkeypatch, "--server_address", "::"))
     assert "--server_address 192.0.2.7 " in said and "(this machine is also 192.0.2.8)" in said
-    assert "--server_address laptop.local " in server.describe_client_command(
+    assert "--server_address laptop.local " in listening.describe_client_command(
         arguments(monkeypatch, "--server_address", "laptop.local")
     )
 

@@ -153,7 +153,7 @@ def test_killed_client_is_taken_in_again(faulty):
 
 
 def test_missing_clients_are_named_at_decreasing_frequency(monkeypatch):
-    import registry
+    from plumbing.laptop import registry
 
     class Enough(Exception):
         pass
@@ -181,7 +181,7 @@ def frozen(open_suite):
     """Three rounds with two of three clients, one of which freezes: under training, and while it waits for work."""
     suite = open_suite("frozen")
     rounds = ("--num_clients", 3, "--min_clients", 2, "--round_timeout", 4, "--num_rounds", 3)
-    server = start_patched(suite, "server", "import registry; registry.SETTLE = 1", *rounds)
+    server = start_patched(suite, "server", "from plumbing.laptop import registry; registry.SETTLE = 1", *rounds)
     clients = [ordered_client(suite, cid, "--max_delay", 1) for cid in (0, 1)]
     clients[1].wait_for("fit of round 1", timeout=120)
     clients[1].send(signal.SIGSTOP)
@@ -424,7 +424,7 @@ def fit(self, parameters, config):
 script.Client.fit, connection.MAX_DELAY = fit, 1
 """
 
-IMPATIENT = "script.MAX_RETRY_DELAY = 0.2"
+IMPATIENT = "from plumbing.laptop import rounds; rounds.MAX_RETRY_DELAY = 0.2"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from helpers import ROOT
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 INSIDES = (
-    ("flwr.server", "start_server", "server.py: the rounds by the scripts"),
-    ("flwr.server.compat.app", "start_grid", "server.py: the rounds on Flower's engines"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_bridge", "GrpcBridgeClosed", "registry.py: a lost connection"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy", "GrpcClientProxy", "registry.py: its `bridge`"),
-    ("flwr.server.compat.grid_client_proxy", "GridClientProxy", "registry.py: a SuperNode"),
+    ("flwr.server", "start_server", "laptop/flower: the rounds by the scripts"),
+    ("flwr.server.compat.app", "start_grid", "laptop/flower: the rounds on Flower's engines"),
+    ("flwr.server.superlink.fleet.grpc_bidi.grpc_bridge", "GrpcBridgeClosed", "laptop/flower: a lost connection"),
+    ("flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy", "GrpcClientProxy", "laptop/remote: its `bridge`"),
+    ("flwr.server.compat.grid_client_proxy", "GridClientProxy", "laptop/nodes: a SuperNode"),
     ("flwr.proto.transport_pb2_grpc", "FlowerServiceStub", "client.py: the stream to the server"),
     ("flwr.proto.transport_pb2", "ServerMessage", "client.py: what comes on it"),
     ("flwr.client", "ClientApp", "client.py: the app"),
@@ -37,7 +37,7 @@ def test_a_connection_has_its_bridge_and_the_bridge_its_end():
     from flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy import GrpcClientProxy
 
     proxy = GrpcClientProxy("1", GrpcBridge())
-    assert hasattr(proxy, "bridge"), "ClientProxy.bridge has moved: registry.py ends connections by it"
+    assert hasattr(proxy, "bridge"), "ClientProxy.bridge has moved: laptop/remote ends connections by it"
     proxy.bridge.close()
     proxy.bridge.close()  # may be called again
 
@@ -73,13 +73,13 @@ def test_a_simulation_is_known_by_how_often_it_looks_for_answers():
     from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
     known = "pull_interval" in inspect.signature(InMemoryGrid).parameters
-    assert known, "registry.Nodes tells a simulation's grid by its pull_interval"
+    assert known, "laptop/nodes tells a simulation's grid by its pull_interval"
 
 
 def test_a_lost_supernode_is_called_unavailable():
     from flwr.server.superlink.linkstate.utils import NODE_UNAVAILABLE_ERROR_REASON
 
-    assert "navailable" in NODE_UNAVAILABLE_ERROR_REASON, "registry.Node knows a lost SuperNode by that word"
+    assert "navailable" in NODE_UNAVAILABLE_ERROR_REASON, "laptop/nodes knows a lost SuperNode by that word"
 
 
 def test_the_apps_settings_are_the_servers_flags():

@@ -1,16 +1,16 @@
-"""Who takes part on Flower's engines: registry.Nodes, with SuperNodes that answer as a test wants."""
+"""Who takes part on Flower's engines: laptop/nodes, with SuperNodes that answer as a test wants."""
 
 import time
 from types import SimpleNamespace
 
 from plumbing.common.compare import fingerprint, trial
+from plumbing.laptop import nodes as room
 
 import pytest
 from flwr.common import Code, GetPropertiesRes, Status
 from flwr.server.client_proxy import ClientProxy
 from helpers import wait_until
 
-import registry
 from nets import build_net
 
 NET = ("LeNet5", 1, 2)
@@ -41,8 +41,8 @@ class SuperNode(ClientProxy):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    monkeypatch.setattr(registry, "ASK_AGAIN", 0.2)
-    nodes = registry.Nodes(1, TASK)
+    monkeypatch.setattr(room, "ASK_AGAIN", 0.2)
+    nodes = room.Nodes(1, TASK)
     yield nodes
     nodes.close({})
 
@@ -70,7 +70,7 @@ def test_a_supernode_that_is_started_again_is_the_one_that_is_asked(nodes, capsy
     nodes.unregister(new)
     assert not nodes.clients
     out = capsys.readouterr().out
-    assert out.count("turned away cid 0: its shard is not of the server's cut of Tiny") == 1 and "is back" not in out
+    assert out.count("turned away cid 0: its shard is not of the server's split of Tiny") == 1 and "is back" not in out
 
 
 def test_a_supernode_that_cannot_answer_is_named_and_asked_again(nodes, capsys):

@@ -59,7 +59,8 @@ def cut(network, tmp_path_factory, three_shards):
 
     try:
         rounds = ("--num_clients", 2, "--num_rounds", 3, "--round_timeout", ROUND_TIMEOUT)
-        arguments = (*patched(suite, "server", f"import registry; registry.HEARTBEAT = {HEARTBEAT}"), *rounds)
+        quick = f"from plumbing.laptop import remote; remote.HEARTBEAT = {HEARTBEAT}"
+        arguments = (*patched(suite, "server", quick), *rounds)
         server = start(network.server, *arguments, "--server_address", network.address)
         first = start_client(0)
         wait_until("client 0 has joined", lambda: joined(0) == 1)
@@ -190,9 +191,8 @@ def test_board_that_vanishes_in_the_midst_of_a_fit_is_noticed_though_an_honest_f
 def test_promised_times():
     """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
     from plumbing.device import connection
-
-    import registry
+    from plumbing.laptop import remote
 
     assert connection.SILENCE <= 120 and connection.MAX_DELAY + connection.PROBE_TIMEOUT <= 30
-    assert 2 * registry.HEARTBEAT <= connection.SILENCE
-    assert registry.KEEPALIVE <= 45  # for a board that vanishes while it trains
+    assert 2 * remote.HEARTBEAT <= connection.SILENCE
+    assert remote.KEEPALIVE <= 45  # for a board that vanishes while it trains

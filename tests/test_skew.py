@@ -12,6 +12,8 @@ from plumbing.common.compare import fingerprint, same_trial, trial
 from plumbing.common.state import get_arrays
 from plumbing.device.own_batch_norm import OwnBatchNorm
 from plumbing.device.task import Task
+from plumbing.laptop import rounds
+from plumbing.laptop.start import count_fits
 
 import numpy as np
 import pandas as pd
@@ -112,7 +114,8 @@ def skewed(tmp_path_factory, three_shards):
 
 
 def test_group_net_trains_is_resumed_and_its_checkpoint_alone_is_as_right_as_the_test_says(skewed):
-    assert [len(lines(laptop, "images to train on are shifted, and mirrored")) for laptop in skewed.laptops] == [1, 0]
+    note = "training images are shifted, and half of them mirrored"
+    assert [len(lines(laptop, note)) for laptop in skewed.laptops] == [1, 0]
     rows = history(skewed)
     assert list(rows["round"]) == [1, 2, 3, 4, 5] and list(rows["failures"]) == [0] * 5
     model, checkpoint = load_checkpoint(skewed.ckps("Tiny") / "server.ptl")
@@ -507,10 +510,12 @@ def rows(*accuracies):
     ],
 )
 def test_target_waits_only_for_tests_that_decide(accuracies, current, reached):
-    assert server.has_reached(0.5, rows(*accuracies), current) is reached
-    assert server.has_reached(None, rows(*accuracies), current) is False
+    target = rounds.Target(0.5)
+    assert target.is_reached(rows(*accuracies), current) is (reached is True)
+    assert target.is_possible(rows(*accuracies), current) is (reached is not False)  # None: the tests decide
+    assert not rounds.Target(None).is_possible(rows(*accuracies), current)
     if current > 2:  # tested on another test set
-        assert server.has_reached(0.5, rows(*accuracies), current, first=current - 1) is False
+        assert not rounds.Target(0.5, first=current - 1).is_possible(rows(*accuracies), current)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -557,5 +562,4 @@ def test_option_that_cannot_work_is_refused_before_anything_is_touched(tiny, arg
     [(1, 7, 7), (0.5, 5, 2), (0.29, 100, 29), (0.1, 4, 1), (0.7, 10, 7), (0.34, 3, 1)],
 )
 def test_fraction_is_rounded_down_to_at_least_one(fraction, num_clients, expected):
-    args = server.argparse.Namespace(fraction_fit=fraction, num_clients=num_clients, strategy="FedAvg")
-    assert server.count_fits(args) == expected
+    assert count_fits(fraction, num_clients) == expected

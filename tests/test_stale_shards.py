@@ -52,8 +52,8 @@ def test_client_with_an_old_bundle_is_turned_away_with_that_reason(waited):
     _, _, far, second, codes = waited
     assert codes[2] == 2
     (line,) = far.err.splitlines()
-    assert "its shard is not of the server's cut of Tiny" in line and "bundles/client_1.tar" in line
-    assert lines(second, "turned away cid 1: its shard is not of the server's cut")
+    assert "its shard is not of the server's split of Tiny" in line and "bundles/client_1.tar" in line
+    assert lines(second, "turned away cid 1: its shard is not of the server's split")
 
 
 def test_bundle_of_another_cut_over_a_shard_is_found_at_the_start(suite, shapes_zip):

@@ -787,10 +787,12 @@ def test_it_runs_under_flowers_own_server_too(tmp_path):
 
 def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_again(tmp_path, capsys, monkeypatch):
     """Each round's devices make of the model n the model n + 1; some of their tests fail."""
+    from plumbing.laptop.rounds import Hopeless, Target
+
     from flwr.server import SimpleClientManager
     from flwr.server.client_proxy import ClientProxy
 
-    from server import Hopeless, Server
+    from server import Server
 
     started = []
     monkeypatch.setattr(Record, "_draw", lambda self: None)  # half of the time
@@ -847,7 +849,7 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     for current in (3, 5):
         line = f"the test_loss of round {current} is nan: its model is not kept; the round is run again\n"
         assert out.count(line) == 1
-    assert run("target", [2, 4], target=(0.0, 1))[0] == [1, 2, 3]
+    assert run("target", [2, 4], target=Target(0.0))[0] == [1, 2, 3]
     with pytest.raises(Hopeless, match="round 3 is nan.* 5 times .*rounds 1 to 2 are saved"):
         run("always", range(3, 100))
     assert torch.load(tmp_path / "always/server.ptl", weights_only=True)["round"] == 2

@@ -5,14 +5,13 @@ import os
 import resource
 
 from plumbing.device import machine
+from plumbing.laptop import asking
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import lines, start_patched, wandb_folders, wandb_records
-
-import server
 
 
 def board(tmp_path, files):
@@ -55,7 +54,7 @@ def test_machine_is_described(tmp_path):
 def test_client_says_what_it_runs_on(tiny):
     device = tiny.run("client.py", "--dataset", "Tiny", "--cid", 0, "--max_wait_time", 1, "--num_threads", 1)
     (line,) = [line for line in device.out.splitlines() if line.startswith("on ")]
-    for word in ("1 threads", "torch 2", "flwr 1", "Python 3", "MB free"):
+    for word in ("1 thread,", "torch 2", "flwr 1", "Python 3", "MB free"):
         assert word in line
 
 
@@ -70,12 +69,12 @@ def test_client_says_what_it_runs_on(tiny):
     ],
 )
 def test_automatic_limit_is_three_times_what_is_usual_for_the_client(seconds, limit):
-    laptop = server.Server(None, None, auto_timeout=True)
-    laptop.seconds["fit", "3"] = list(seconds)
-    laptop.seconds["fit", "4"] = [1000.0] * 9  # another client
-    laptop.seconds["evaluate", "3"] = [1000.0] * 9  # another question
-    assert laptop.limit("fit", "3", None) == limit
-    assert server.Server(None, None).limit("fit", "3", 7.0) == 7.0
+    questions = asking.Questions(None, auto_timeout=True)
+    questions.seconds["fit", "3"] = list(seconds)
+    questions.seconds["fit", "4"] = [1000.0] * 9  # another client
+    questions.seconds["evaluate", "3"] = [1000.0] * 9  # another question
+    assert questions.limit("fit", "3", None) == limit
+    assert asking.Questions(None).limit("fit", "3", 7.0) == 7.0
 
 
 def clients_csv(suite):

@@ -254,7 +254,7 @@ def on_terminal(suite, *command):
 def start_curves(suite):
     """Start what server.py does for wandb, without the training: start_wandb, a step, the end."""
     code = f"import sys, time; sys.path.insert(0, {str(suite.root)!r}); import server; began = time.monotonic()\n"
-    code += "run, where = server.start_wandb('Tiny', None, {'lr': 0.1}); print(where)\n"
+    code += "run, where = server.start.start_wandb('Tiny', None, {'lr': 0.1}); print(where)\n"
     code += "run.log({'fit_loss': 0.5}, step=1); run.finish(); print('took', time.monotonic() - began)"
     return on_terminal(suite, "-c", code)
 

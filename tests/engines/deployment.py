@@ -128,7 +128,7 @@ def test_the_same_run_by_the_readme_and_on_from_it(shelf, app, by_scripts, datas
     rows = history(app)
     assert list(rows["round"]) == list(range(1, NUM_ROUNDS + 3)) and set(rows["clients"]) == {NUM_CLIENTS}
     pd.testing.assert_frame_equal(rows[:NUM_ROUNDS], by_deployment)
-    for words in ("cid 0: cid 0 is in use by another device", "cid 1: its shard is not of the server's cut of Tiny"):
+    for words in ("cid 0: cid 0 is in use by another device", "cid 1: its shard is not of the server's split of Tiny"):
         assert len(lines(training, f"turned away {words}")) == 1, training
 
     wrong = shelf.start(run.replace("num_rounds=100", "num_rounds=0"))

@@ -1,0 +1,109 @@
+"""Asking all clients at the same time, how long each may take, and who is missing."""
+
+from __future__ import annotations
+
+import collections
+import math
+import queue
+import statistics
+import threading
+import time
+import traceback
+
+from plumbing.laptop.registry import POLL
+from plumbing.laptop.remote import ClientFailure
+
+from flwr.common import Code
+
+LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
+LEAST_PATIENCE = 60  # seconds that a client may be away at least before someone is told
+LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
+
+
+class Questions:
+    """Puts the questions of a round to all clients at the same time.
+
+    registry: drops a client whose time is over.
+    auto_timeout: whether a client's time is limited by its own last answers, instead of by `timeout`.
+    check: called every POLL seconds, to raise what should end the waiting.
+    """
+
+    def __init__(self, registry, auto_timeout=False, check=None):
+        self.registry, self.auto_timeout, self.check = registry, auto_timeout, check
+        self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
+
+    def ask(self, method, instructions, timeout, current):
+        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …]).
+
+        Each question has a thread, which sleeps: an answer takes as long as the client trains, and a pool of fewer
+        threads than clients would have some devices wait for others.
+        """
+        answers, waiting, started = queue.SimpleQueue(), {client for client, _ in instructions}, time.monotonic()
+        limits = {client: self.limit(method, client.cid, timeout) for client in waiting}
+
+        def ask_one(client, ins, limit):
+            try:
+                answers.put((client, (client, getattr(client, method)(ins, limit, current))))
+            except Exception as error:
+                answers.put((client, error))
+
+        for client, ins in instructions:
+            args, name = (client, ins, limits[client]), f"{method} {client.cid}"
+            threading.Thread(target=ask_one, args=args, name=name, daemon=True).start()
+        results, failures = [], []
+        while waiting:
+            self.check()
+            for client in waiting:  # Flower's own limit starts when all is sent, which to a dead link it never is
+                if limits[client] is not None and time.monotonic() > started + limits[client] + 1:
+                    limits[client] = None
+                    self.registry.remove(client)
+            try:
+                client, answer = answers.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            waiting.remove(client)
+            if isinstance(answer, tuple) and answer[1].status.code == Code.OK:
+                self.seconds[method, client.cid].append(time.monotonic() - started)
+                results.append(answer)
+            else:
+                if not isinstance(answer, (tuple, ClientFailure)):  # an error of ours
+                    traceback.print_exception(answer)
+                failures.append(answer)
+        return results, failures
+
+    def limit(self, method, cid, timeout):
+        """Return the seconds that a client has to answer, None for no limit: `timeout`, or by its own last answers."""
+        seconds = self.seconds[method, cid][-LAST_ANSWERS:]
+        if not self.auto_timeout:
+            return timeout
+        return max(LEAST_TIMEOUT, 3 * statistics.median(seconds)) if len(seconds) >= 3 else None
+
+
+class Absences:
+    """Tells of the clients `cids` that are missing: for three rounds, or while a round waits as long as three take.
+
+    tell: called as Curves.watch is.
+    """
+
+    def __init__(self, cids, tell=lambda current, missing, clients: None):
+        self.cids, self.tell = set(cids), tell
+        self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
+        self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took
+        self.marked = None
+
+    def mark(self):
+        """Note the time: a round begins to wait for clients, or to train."""
+        self.marked = time.monotonic()
+
+    def wait(self, current, there):
+        """Be told that a round waits, and which cids are connected. (Before the first round, people are about.)"""
+        patience = max(LEAST_PATIENCE, 3 * statistics.median(self.seconds)) if self.seconds else math.inf
+        if time.monotonic() - self.marked > patience:
+            self.tell(current, {cid: f"{patience:.0f} s" for cid in self.cids if cid not in there}, {})
+
+    def finish(self, current, spared, clients):
+        """Be told that a round is finished: the figures of `clients`, by cid, and the cids not asked to train."""
+        self.seconds.append(time.monotonic() - self.marked)
+        absent = self.cids - set(spared) - set(clients)
+        self.rounds = collections.Counter({cid: self.rounds[cid] + 1 for cid in absent})
+        self.tell(current, {cid: f"{count} rounds" for cid, count in self.rounds.items() if count >= 3}, clients)

@@ -1,0 +1,95 @@
+"""Who takes part on Flower's engines, which have connections of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+from plumbing.common.process import printable
+from plumbing.laptop.handshake import TurnedAway, handshake, name_task
+from plumbing.laptop.registry import Registry
+from plumbing.laptop.remote import LOST, Admitted, ClientFailure
+
+from flwr.common import GetPropertiesIns
+
+ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
+TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
+NODE_TIMEOUT = 600  # seconds for a SuperNode to answer: a new process on a busy board, and what waits before it
+
+
+class Node(Admitted):
+    """A SuperNode of Flower's engines under its own cid.
+
+    turn: a lock that it shares with others, held while it is asked.
+    """
+
+    def __init__(self, proxy, properties, turn):
+        super().__init__(proxy, properties)
+        self.turn = turn
+
+    def ask(self, method, ins, timeout, group_id):
+        started = time.monotonic()
+        try:
+            with self.turn:
+                return getattr(self.proxy, method)(ins, timeout, group_id)
+        except ValueError as error:  # Flower's for all that went wrong on the way or in the app's process
+            if timeout is not None and time.monotonic() - started >= timeout:
+                raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
+            raise ClientFailure(self.cid, LOST if "navailable" in str(error) else printable(error)) from None
+
+    def is_alive(self):
+        return not self.gone.is_set()
+
+    def close(self):
+        self.gone.set()
+
+
+class Nodes(Registry):
+    """The SuperNodes that take part, by cid. Flower registers each; the handshake decides on it.
+
+    One that is turned away is asked again later: the fault on its device may be mended.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.turns = threading.Semaphore(TURNS)
+
+    def _look_after(self, proxy):
+        # A simulation polls ten times a second for each answer; a thousand such threads would leave no core to train.
+        turn = self.turns if hasattr(proxy.grid, "pull_interval") else contextlib.nullcontext()
+        said = None
+        while self.connections.get(proxy.cid) is proxy and not self.closed:  # after a restart it is another one
+            try:
+                with turn:
+                    properties = self._ask(proxy)
+                if self._admit(Node(proxy, properties, turn)):
+                    return
+            except TurnedAway as reason:
+                text = str(reason)
+                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
+                    said = text
+            time.sleep(ASK_AGAIN)
+
+    def _ask(self, proxy):
+        """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
+        _, task, _ = self.terms
+        question, unknown = name_task(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+        try:
+            answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
+        except Exception as error:  # in the app on the device, or on the way there
+            raise TurnedAway(printable(error), unknown) from None
+        return handshake(lambda question: answer, *self.terms, unknown)
+
+    def remove(self, client):
+        """Drop a client that Flower has lost. One that is only late is asked again: nobody would register it again."""
+        if self.connections.get(client.proxy.cid) is not client.proxy:
+            super().remove(client)
+
+    def wait_for_round(self, min_clients, check):
+        self.num_available()  # has Flower look at once who is there
+        super().wait_for_round(min_clients, check)
+
+    def close(self, notice):
+        """Admit nobody any more. There is nobody to tell: each message is answered by itself."""
+        self.closed = True

@@ -1,0 +1,205 @@
+"""What ends a run, who is missing, and how long to wait: all of the rounds but the loop, which is in server.py.
+
+From Ctrl-C to the end: the signal is noted (Rounds.stop), the main thread raises Stopped within POLL seconds from
+wherever it waits (raise_failure), and laptop/ending tells the clients and saves the finished rounds.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import signal
+import time
+
+from plumbing.common.process import mute_handlers, on_signal, say
+from plumbing.laptop.asking import Absences, Questions
+from plumbing.laptop.registry import POLL
+from plumbing.laptop.remote import LOST
+
+import flwr.server
+from flwr.common import ndarrays_to_parameters
+
+MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
+HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
+LASTING = 3  # rounds in a row that --target_accuracy has to be reached
+
+
+class Stopped(Exception):
+    """A signal asked the server to stop."""
+
+
+class Hopeless(Exception):
+    """A round fails again and again, for reasons that do not pass by themselves."""
+
+
+class Target:
+    """--target_accuracy: the run ends once test_accuracy was `accuracy` or more in LASTING rounds in a row.
+
+    accuracy: None: the run never ends for it.
+    first: the first round that counts: those before had another test set.
+    """
+
+    def __init__(self, accuracy=None, first=1):
+        self.accuracy, self.first = accuracy, first
+
+    def is_possible(self, rows, current):
+        """Return whether the round `current` may reach it: no test in `rows`, of history.csv, says otherwise."""
+        if self.accuracy is None or current - self.first + 1 < LASTING:
+            return False
+        return all(row["test_accuracy"] >= self.accuracy for row in rows[-LASTING:] if row["round"] > current - LASTING)
+
+    def is_reached(self, rows, current):
+        """Return whether the round `current` has reached it, and `rows` has its test."""
+        return self.is_possible(rows, current) and rows[-1:] != [] and rows[-1]["round"] >= current
+
+    def describe(self, current):
+        rounds = f"rounds {current - LASTING + 1} to {current}"
+        return f"test_accuracy was {self.accuracy:g} or more in the {rounds}: the run is over"
+
+    def why_over(self, rows, num_rounds):
+        """Return why a run with the history `rows` has no round left, to go behind its checkpoint's name, or None."""
+        if len(rows) >= num_rounds:
+            return f"has finished round {len(rows)} already; --num_rounds {num_rounds} adds none"
+        if self.is_reached(rows, len(rows)):
+            return f"says that {self.describe(len(rows))} already"
+        return None
+
+
+class Rounds(flwr.server.Server):
+    """A server of Flower with its own loop, `run_rounds`, which a subclass has: what that loop needs.
+
+    registry: who takes part (a registry.Registry or Nodes).
+    min_clients: a round starts without the others after a while (Registry.wait_for_round).
+    auto_timeout: see asking.Questions.
+    target: a Target; None: none.
+    absences: asking.Absences; None: nobody is told who is missing.
+    """
+
+    def __init__(self, registry, strategy, min_clients=1, auto_timeout=False, target=None, absences=None):
+        super().__init__(client_manager=registry, strategy=strategy)
+        self.registry, self.min_clients = registry, min_clients
+        self.questions = Questions(registry, auto_timeout, self.raise_failure)
+        self.target, self.absences = target or Target(), absences or Absences(())
+        self.trained = False  # whether any round has succeeded
+        self.failed = []  # the lasting reasons for which the current round failed: a set per try
+        self.diverged = collections.Counter()  # how often each round has
+        self.signum, self.stopped = None, None  # what asked the server to stop, and when
+        self.error = None  # what else ended it early
+
+    def fit(self, num_rounds, timeout):
+        """Be called by Flower: run the rounds up to `num_rounds`, with `timeout` seconds (or None) per question."""
+        if hasattr(on_signal, "writer"):  # we watch signals; Flower's start_server has just put its own handlers there
+            mute_handlers()
+        started = time.monotonic()
+        self.run_rounds(num_rounds, timeout)
+        return flwr.server.History(), time.monotonic() - started
+
+    def disconnect_all_clients(self, timeout):
+        """Be called by Flower after the last round: tell all clients that training is over."""
+        self.registry.close({})
+
+    def stop(self, signum):
+        """Note a signal (process.on_signal). A second Ctrl-C, more than a second later, ends the process at once."""
+        if self.signum is None:
+            self.signum, self.stopped = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
+            os._exit(128 + signum)
+
+    def raise_failure(self):
+        """Raise what should end the training early: a signal, or a failure of the record."""
+        if self.signum is not None:
+            raise Stopped
+        self.strategy.check()
+
+    def wait_for_clients(self, current):
+        """Wait until enough clients are there for the round `current`."""
+
+        def check():
+            self.raise_failure()
+            self.absences.wait(current, self.registry.clients)
+
+        self.absences.mark()
+        self.registry.wait_for_round(self.min_clients, check)
+        self.absences.mark()
+
+    def try_again(self, current, num_asked):
+        """Pause before the round `current` is run again, in which nobody trained. Raise Hopeless if that is no use."""
+        self.failed.append(lasting_reasons(self.strategy.reasons, num_asked, self.trained))
+        if len(self.failed) >= HOPELESS and set.intersection(*self.failed[-HOPELESS:]):
+            self.wait_for_tests()
+            self.strategy.close()  # raises if what is said to be saved is not
+            reasons = sorted(set(self.strategy.reasons.values()))
+            shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
+            raise Hopeless(
+                f"round {current} failed on all clients {HOPELESS} times in a row: {shown} "
+                f"({describe_saved(current - 1)})"
+            )
+        delay = min(2 ** (len(self.failed) - 1), MAX_RETRY_DELAY)
+        say(f"round {current}: nobody trained; it is run again in {delay} s")
+        until = time.monotonic() + delay
+        while time.monotonic() < until:
+            self.raise_failure()
+            time.sleep(min(POLL, max(0, until - time.monotonic())))
+
+    def go_back(self, diverged):
+        """Take back the model with which the round that diverged began. Return the number of that round.
+
+        Raises Hopeless if it has diverged too often.
+        """
+        last, arrays = self.strategy.go_back()
+        self.parameters, self.failed = ndarrays_to_parameters(arrays), []
+        self.diverged[diverged.round] += 1
+        if self.diverged[diverged.round] >= HOPELESS:
+            self.strategy.close()
+            raise Hopeless(f"{diverged}, {HOPELESS} times ({describe_saved(last)})")
+        say(f"{diverged}; the round is run again")
+        return diverged.round
+
+    def finish(self, current, spared):
+        """Note that the round `current` is finished; the cids `spared` were not asked to train."""
+        self.trained, self.failed = True, []
+        self.absences.finish(current, spared, self.strategy.clients)
+
+    def is_over(self, current, num_rounds):
+        """Return whether the run ends with the round `current`. Waits for the tests on which that depends.
+
+        Raises Diverged.
+        """
+        rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
+        while self.target.is_possible(rows, current):
+            if self.target.is_reached(rows, current):
+                self.strategy.close()
+                say(self.target.describe(current))
+                return True
+            self.raise_failure()
+            self.strategy.record.check_tests()
+            time.sleep(0.02)
+        if current >= num_rounds:
+            self.wait_for_tests()
+        return current >= num_rounds
+
+    def wait_for_tests(self):
+        """Wait until all rounds are tested. Raise Diverged if one of them did not pass."""
+        while not self.strategy.record.check_tests():
+            self.raise_failure()
+            time.sleep(0.02)
+
+
+def lasting_reasons(reasons, num_asked, trained):
+    """Return why a try failed on all that were asked, without the numbers; empty if that may pass.
+
+    A lost connection passes: Wi-Fi heals, devices come back, and the run is to survive the night. So does a timeout
+    that has been met before (`trained`): it is long enough, and the devices are cut off or busy for a while.
+
+    reasons: {cid: text}.
+    """
+    texts = set(reasons.values())
+    may_pass = LOST in texts or (trained and any("no answer within" in text for text in texts))
+    if may_pass or len(reasons) < num_asked:
+        return set()
+    return {re.sub(r"nan|inf|[\d.]+(e[+-]?\d+)?", "#", text) for text in texts}
+
+
+def describe_saved(last):
+    return f"rounds 1 to {last} are saved" if last else "no round was finished, nothing is saved"

@@ -1,0 +1,108 @@
+"""What is checked and printed before the first round."""
+
+from __future__ import annotations
+
+from plumbing.common.arguments import plain_args
+from plumbing.common.compare import fingerprint, seeded, trial
+from plumbing.common.files import lock_file
+from plumbing.common.process import UserError, printable, say
+from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
+from plumbing.laptop.curves import describe_code, describe_data, start_wandb
+from plumbing.laptop.history import MANY
+from plumbing.laptop.rounds import LASTING
+
+MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
+
+
+def count_clients(args, shards, least):
+    """Set num_clients and min_clients in `args`, and return how many clients train per round.
+
+    shards: of the dataset, None if unknown. least: results that the strategy needs. Raises UserError.
+    """
+    args.num_clients = args.num_clients or shards or 10
+    if shards is not None and args.num_clients > shards:
+        raise UserError(f"--num_clients {args.num_clients}: {args.dataset} is split into {shards} shards only")
+    args.min_clients = args.min_clients or args.num_clients
+    if args.min_clients > args.num_clients:
+        raise UserError(f"--min_clients {args.min_clients} is more than --num_clients {args.num_clients}")
+    needs = f"--strategy {args.strategy} needs rounds of {least} clients or more; "
+    if args.min_clients < least:
+        counts = f"--num_clients {args.num_clients} --min_clients {args.min_clients}"
+        raise UserError(f"{needs}{counts} allow smaller ones")
+    num_fit = count_fits(args.fraction_fit, args.num_clients)
+    if num_fit < least:
+        raise UserError(f"{needs}--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_fit}")
+    return num_fit
+
+
+def count_fits(fraction, num_clients):
+    return max(1, int(fraction * num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
+
+
+def check_effects(args, model):
+    """Raise UserError if one of the flags `args` would have no effect on a run with this `model`."""
+    if args.fedbn and not batch_norm_names(model):
+        raise UserError(f"--fedbn has nothing to keep on the devices: {args.net} has no batch norm")
+    if args.target_accuracy is not None and args.num_rounds < LASTING:
+        raise UserError(f"--target_accuracy needs {LASTING} rounds or more, and --num_rounds is {args.num_rounds}")
+    if args.compress != "off" and not any(float32_weights(model)):
+        raise UserError(f"--compress {args.compress} is for float32 parameters, and {args.net} has none")
+
+
+def describe_task(args, info, model, build_net):
+    """Return what a client must have like the server (laptop/handshake). Raise UserError if the net cannot be used."""
+    num_classes = len(info["classes"])
+    with seeded(0):  # a net may have random buffers
+        outputs = trial(build_net(args.net, info["channels"], num_classes))
+    task = {"dataset": args.dataset, "dataset_id": info["id"], "channels": info["channels"], "sizes": info["sizes"]}
+    return {**task, "num_classes": num_classes, "net": args.net, "fingerprint": fingerprint(model), "trial": outputs}
+
+
+def describe_client(curves, num_clients, cid, properties):
+    """Put what a client runs on into wandb's config, unless there are too many for its page."""
+    if num_clients <= MANY:
+        facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
+        curves.describe_client(cid, facts)
+
+
+def hold_folder(folder, dataset):
+    """Be the one server that writes to `folder`, as long as the lock that this returns is kept."""
+    try:
+        lock = lock_file(folder / "server.lock")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    if lock is None:
+        raise UserError(
+            f"another server is training {dataset} in {folder}: end it first; "
+            "a run that flwr run has started goes on until flwr stop"
+        )
+    return lock
+
+
+def start_curves(args, folder, info, model, run_id, rows):
+    """Return the Curves of the run, which goes on after `rows` of its history; print what is trained on what.
+
+    folder, info: the dataset's, and what it is (data.describe_dataset). run_id: wandb's, None for a new run.
+    """
+    facts = describe_data(folder)
+    curves, where = start_wandb(args.dataset, run_id, {**plain_args(args), "data": facts, **describe_code()}, rows)
+    show_task(args, info, facts, count_parameters(model))
+    say(where)
+    curves.show_split(info["split"], info["classes"])
+    curves.catch_up(rows)
+    return curves
+
+
+def show_task(args, info, facts, num_parameters):
+    """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
+    text = f"{args.dataset}: {len(info['classes'])} classes"
+    if "partition" in facts:
+        how = facts["partition"] if facts.get("alpha") is None else f"{facts['partition']}, alpha {facts['alpha']}"
+        text += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({how})"
+        text += f", {facts['num_test']:,} for the test"
+    say(f"{text}; {args.net}: {num_parameters:,} parameters")
+    if info["num_clients"] not in (None, args.num_clients):
+        say(f"note: {args.dataset} is split into {info['num_clients']} shards, and --num_clients is {args.num_clients}")
+    if args.augment:
+        how = "shifted, and half of them mirrored" if info["channels"] == 3 else "shifted"
+        say(f"note: training images are {how} at random; --no-augment leaves them as they are")
