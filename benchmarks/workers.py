@@ -283,10 +283,11 @@ def plain_client(*args):
 
 def save_arrays(archive, folder):
     """Seconds to read the archive, and then to np.save all of its images, one a file."""
-    from partition import read_cifar
+    from plumbing.sources.archives import Archive
+    from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
-    splits = read_cifar(Path(archive), None)[2]
+    splits = read_cifar(Archive(Path(archive)), None).splits
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():
@@ -308,9 +309,9 @@ def draw_archive(path):
     import pickle
     import tarfile
 
-    from partition import draw_shapes
+    from plumbing.sources.shapes import draw_shapes
 
-    classes, _, splits = draw_shapes(50000, 10000)
+    source = draw_shapes(50000, 10000)
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
 
         def add(name, what):
@@ -319,15 +320,15 @@ def draw_archive(path):
             member.size = len(payload)
             tar.addfile(member, io.BytesIO(payload))
 
-        for split, count, images in splits:
+        for split, count, images in source.splits:
             size = count // 5 if split == "train" else count
             for number in range(1, count // size + 1):
                 batch = [next(images) for _ in range(size)]
                 data = np.stack([image.transpose(2, 0, 1).reshape(-1) for image, _ in batch])
                 name = f"data_batch_{number}" if split == "train" else "test_batch"
                 add(name, {b"data": data, b"labels": [label for _, label in batch]})
-        add("batches.meta", {b"label_names": [name.encode() for name in classes]})
-    return {"classes": list(classes)}
+        add("batches.meta", {b"label_names": [name.encode() for name in source.classes]})
+    return {"classes": source.classes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

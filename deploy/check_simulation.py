@@ -32,11 +32,11 @@ def why_not(argv):
     try:
         there = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["num_clients"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{args.dataset} has no dataset.json that partition.py wrote: cut it by that first"
+        return f"{args.dataset} has no dataset.json of partition.py: run that first"
     if (folder / "bundles").is_dir() and args.num_clients not in (None, str(there)):
         return (
-            f"{args.dataset} is cut into {there} shards, and devices may have its bundles, which a new cut would make "
-            f"useless: cut it into {args.num_clients} by partition.py, or take another --dataset"
+            f"{args.dataset} is split into {there} shards, and devices may have its bundles, which a new split would "
+            f"make useless: split it into {args.num_clients} with partition.py, or choose another --dataset"
         )
     return None
 

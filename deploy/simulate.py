@@ -4,10 +4,11 @@
     make simulate NUM_CLIENTS=1000 NUM_ROUNDS=20 ARGS="--fraction_fit 0.1 --seed 1"
     .venv-simulation/bin/python deploy/simulate.py --num_clients 100 --num_rounds 5
 
-Takes the flags of server.py that have an effect where there is no wire. Cuts the dataset into as many shards first (100
-if --num_clients is not given), where it is not, but never one with bundles for devices; from the file or folder that
-SOURCE in the environment names, or from what it was cut from before. Leaves what server.py leaves. Ctrl-C ends it, and
-every process of Flower and Ray with it: finished rounds are saved, but the last pictures are not drawn.
+Takes the flags of server.py that have an effect without a network. First splits the dataset into --num_clients shards
+(default: 100), unless it is already; a dataset with bundles for devices is never split again. The images come from the
+file or folder that SOURCE in the environment names, or from the source of the earlier split. Leaves the files that
+server.py leaves. Ctrl-C ends it, with every process of Flower and Ray: finished rounds are saved, but the last pictures
+are not drawn.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ import server  # noqa: E402
 TOOLS = Path(sys.executable).parent  # where flwr and flower-superlink are
 MARK = f"FL_IOT_SIMULATION={os.getpid()}"  # in the environment of all that is started here, and so of what that starts
 NOISE = re.compile(r"\x1b\[|Successfully installed|Using SuperLink|$")  # Flower's lines between ours
-AS_BEFORE = ("fit", "partition", "sizes", "alpha", "eval_fraction", "test_fraction", "seed")  # in a new cut
+AS_BEFORE = ("fit", "partition", "sizes", "alpha", "eval_fraction", "test_fraction", "seed")  # in a new split
 PATIENCE = 10  # seconds that Flower and Ray have to end by themselves
 # For 2 cores as for 32: one thread a client, as many clients at a time as there are cores. Nothing phones home.
 QUIET = {
@@ -66,7 +67,7 @@ def parse_args():
 
 
 def partition(dataset, num_clients):
-    """Cut the dataset into `num_clients` shards, where it is not, and else as it was. Returns how many there are."""
+    """Split the dataset into `num_clients` shards, otherwise as before, unless it is. Returns how many there are."""
     folder, settings = ROOT / "datasets" / dataset, {}
     if folder.is_dir():
         info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))

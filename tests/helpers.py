@@ -292,16 +292,16 @@ def wandb_steps(folder):
 
 def write_images(path, num_train, num_test):
     """A zip of drawn shapes as PNG files, in the layout that --source takes."""
+    from plumbing.sources.shapes import draw_shapes
+
     import cv2
 
-    import partition
-
     with zipfile.ZipFile(path, "w") as archive:
-        classes, _, splits = partition.draw_shapes(num_train, num_test)
-        for split, _, drawn in splits:
+        source = draw_shapes(num_train, num_test)
+        for split, _, drawn in source.splits:
             for index, (image, label) in enumerate(drawn):
                 png = cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()
-                archive.writestr(f"{split}/{classes[label]}/{index:04}.png", png)
+                archive.writestr(f"{split}/{source.classes[label]}/{index:04}.png", png)
     return path
 
 

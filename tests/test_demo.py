@@ -58,7 +58,7 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["NUM_CLIENTS=5"], "Shapes10 is cut into 4 shards, and devices may have its bundles"),
+        (["NUM_CLIENTS=5"], "Shapes10 is split into 4 shards, and devices may have its bundles"),
         (["ARGS=--round_timeout 9"], "--round_timeout has no effect in a simulation"),
     ],
 )

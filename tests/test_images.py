@@ -250,7 +250,7 @@ def test_icons_whose_shape_is_in_the_alpha_channel(make, tmp_path, capsys):
     folder = make("Icons", "--source", tmp_path / "icons", "--num_clients", 2)
     squares = [image for _, image in images(folder, "train") if (image[:8] == 255).all()]
     assert len(squares) == 2 and all((image[9:23, 9:23] == 0).all() for image in squares)
-    assert capsys.readouterr().out.count("transparent in places, put on white: 4") == 1
+    assert capsys.readouterr().out.count("images with transparent parts, put on white: 4") == 1
 
 
 def test_set_with_nothing_transparent_says_nothing_of_it(make, tmp_path, capsys):

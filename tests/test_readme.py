@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from plumbing.common.state import save_checkpoint
+from plumbing.sources.shapes import SHAPES, draw_shapes
 
 import cv2
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from helpers import ROOT
 
 import client
-import partition
 from nets import LeNet5
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,14 +70,14 @@ def test_five_lines_use_a_trained_model(tiny):
 def write_photos(folder, kind):
     """Shapes of three classes, enlarged and with grain: as PNGs in colour, in grey, or of 12 bits and not square."""
     rng = np.random.RandomState(0)
-    for split, _, drawn in partition.draw_shapes(2000, 200)[2]:
+    for split, _, drawn in draw_shapes(2000, 200).splits:
         for index, (image, label) in enumerate(drawn):
             if label < 3:
                 image = cv2.resize(image, (144, 160), interpolation=cv2.INTER_CUBIC)
                 image = image[:, :, ::-1].astype(float) if kind == "colour" else image.mean(2)
                 image = np.clip(image + rng.normal(0, 150, image.shape), 0, 255)
                 image = image.astype(np.uint8) if kind != "12 bits" else (800 + image * 4).astype(np.uint16)
-                path = folder / split / partition.SHAPES[label] / f"{index}.png"
+                path = folder / split / SHAPES[label] / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(path), image)
 

@@ -12,13 +12,13 @@ import unicodedata
 import zipfile
 
 from libs import UserError
+from plumbing import sources
+from plumbing.sources.source import Source
 
 import cv2
 import numpy as np
 import pytest
 from helpers import images, tree
-
-import partition
 
 
 def png(value):
@@ -117,10 +117,10 @@ def test_layouts(read, change, mode):
     assert content(folder) == expected(PLAIN)
 
 
-def test_set_for_validation_beside_a_test_set_is_passed_over_and_said(read, capsys):
+def test_set_for_validation_beside_a_test_set_is_skipped_and_said(read, capsys):
     folder = read({**PLAIN, "val/ant/a.png": png(999)})
     assert content(folder) == expected(PLAIN)
-    assert "passed over, for it is no image of a class: val/ant/a.png (1 in all)" in capsys.readouterr().out
+    assert "skipped, not images of a class: val/ant/a.png (1 in all)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -137,7 +137,7 @@ def test_source_without_a_test_set_is_split_by_class(read, capsys, mode, wrapped
         name: [sum(f[:2] == (s, name) for f in found) for s in ("train", "test")] for name in ("ant", "bee", "cat")
     }
     assert counts == {"ant": [16, 4], "bee": [4, 1], "cat": [1, 1]}
-    assert "split off for it were 6 of 27 images" in capsys.readouterr().out
+    assert "has no test set: 6 of 27 images are split off as one" in capsys.readouterr().out
     tests = [{number for split, _, number in content(read(files, mode, *args)) if split == "test"} for args in (
         (), ("--seed", 1), ("--test_fraction", 0.5))]  # fmt: skip
     assert tests[0] == {number for split, _, number in found if split == "test"} != tests[1]
@@ -149,7 +149,7 @@ def test_a_fraction_for_a_test_set_that_is_there_has_no_effect_and_that_is_said(
     assert "note: --test_fraction has no effect: the source has a test set\n" in capsys.readouterr().out
 
 
-def test_what_is_no_image_of_a_class_is_passed_over_counted_and_named(read, capsys):
+def test_what_is_no_image_of_a_class_is_skipped_counted_and_named(read, capsys):
     litter = {
         "train/.DS_Store": b"x", "train/ant/.DS_Store": b"x", "train/ant/._0.png": b"x", "train/ant/Thumbs.db": b"x",
         "train/bee/desktop.ini": b"x", ".git/objects/ab/0.png": png(999), ".git/HEAD": b"x",
@@ -159,7 +159,7 @@ def test_what_is_no_image_of_a_class_is_passed_over_counted_and_named(read, caps
     }  # fmt: skip
     for mode in (None, "zip", "w:gz"):
         assert content(read({**PLAIN, **litter}, mode)) == expected(PLAIN)
-        line = next(line for line in capsys.readouterr().out.splitlines() if "passed over" in line)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped, "))
         assert line.count(", ") == 6 and line.endswith(", … (15 in all)")  # what lies in .git counts once
     litter = {name: litter[name] for name in ("README.md", "train/ant/notes.txt")}
     read({**PLAIN, **litter}, "zip")
@@ -185,7 +185,7 @@ def test_upper_and_lower_case_are_two_classes_where_no_split_lacks_one(read, cap
     files = layout(*(f"{split}{name}/{n}.png" for split in splits for name in ("A", "a", "B") for n in range(4)))
     found = content(read(files))
     assert len(found) == len(files) and {name for _, name, _ in found} == {"A", "a", "B"}
-    assert "classes that differ in case alone: 'A' and 'a'\n" in capsys.readouterr().out
+    assert "classes that differ only in case: 'A' and 'a'\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["", "train/"])
@@ -279,9 +279,9 @@ def test_cifars_folder_with_a_file_missing_is_named(make, tmp_path):
         (layout("1.png", "2.png"), ["train/<class>/*", "<class>/*", "2 in no folder"]),
         (layout("pictures/1.png", "pictures/2.png"), ["train/<class>/*", "2 in pictures/"]),
         (layout("train/1.png", "test/2.png"), ["train/<class>/*", "test/<class>/*", "1 in train/"]),
-        (layout("train/a/1.png", "train/b/2.png", "more/c/3.png"), ["test/<class>/*", "2 in train/, 1 in more/"]),
+        (layout("train/a/1.png", "train/b/2.png", "more/c/3.png"), ["test/<class>/*", "1 in more/, 2 in train/"]),
         (layout("train/a/1.png", "train/b/test/2.png"), ["test/<class>/*", "2 in train/"]),
-        ({"cifar-10-python.tar.gz": b"x"}, ["none at all", "cifar-10-python.tar.gz: name such a file with --source"]),
+        ({"cifar-10-python.tar.gz": b"x"}, ["none at all", "cifar-10-python.tar.gz: use such a file as --source"]),
         (layout("val/a/1.png", "val/b/2.png"), ["train/<class>/*", "2 in val/"]),
         (layout("a/train/1.png", "a/test/2.png", "b/train/3.png", "b/test/4.png"), ["train/<class>/*", "2 in a/"]),
         ({"data_batch_1.bin": b"x", "notes.txt": b"x"}, ["train/<class>/*", "none at all"]),
@@ -341,13 +341,13 @@ def test_each_reader_is_asked_before_a_source_is_refused(make, tmp_path, monkeyp
     with pytest.raises(UserError, match="cannot read .*numbers.bin as a folder, zip or tar: "):
         make("Set", "--source", source, "--num_clients", 2)
 
-    def read_numbers(source, args):
-        assert source.read_bytes() == content
+    def read_numbers(archive, options):
+        assert archive.path.read_bytes() == content
         image = np.zeros((32, 32), np.uint8)
-        return ["zero"], 1, [(split, 4, [(image, 0)] * 4) for split in ("train", "test")], None
+        return Source(["zero"], [(split, 4, [(image, 0)] * 4) for split in ("train", "test")], channels=1)
 
-    *others, last = partition.READERS
-    monkeypatch.setattr(partition, "READERS", (*others, read_numbers, last))
+    *others, last = sources.READERS
+    monkeypatch.setattr(sources, "READERS", (*others, read_numbers, last))
     assert len(images(make("Set", "--source", source, "--num_clients", 2), "train")) == 4
 
 
@@ -409,15 +409,15 @@ def test_duplicates_are_counted_and_said(read, capsys):
     }
     read(files)
     out = capsys.readouterr().out
-    assert "test images that are in the training set too: 3 of 9" in out  # x, y, w
-    assert "pictures that stand under two classes or more: 2" in out  # 1 in training alone, 2 over both
+    assert "3 of 9 test images are also in the training set" in out  # x, y, w
+    assert "images that are in two classes or more: 2" in out  # 1 in training alone, 2 over both
 
 
 def test_same_pixels_in_another_coding_are_duplicates_and_within_a_class_nothing_is_said(read, capsys):
     bmp = cv2.imencode(".bmp", cv2.imdecode(np.frombuffer(png(0), np.uint8), cv2.IMREAD_COLOR))[1].tobytes()
     read({**PLAIN, "test/ant/again.bmp": bmp, "train/bee/twice.png": png(3)})
     out = capsys.readouterr().out
-    assert "in the training set too: 1 of 7" in out and "two classes" not in out
+    assert "1 of 7 test images are also in the training set" in out and "two classes" not in out
 
 
 def test_set_without_duplicates_says_nothing_of_them(read, capsys):

@@ -86,7 +86,7 @@ def test_mistakes_end_it_in_one_line(app):
     (app.root / "datasets/Tiny/bundles").mkdir()
     before = tree(app.root / "datasets")
     for args, words in (
-        (["--num_clients", "5"], "Tiny is cut into 4 shards, and devices may have its bundles"),
+        (["--num_clients", "5"], "Tiny is split into 4 shards, and devices may have its bundles"),
         (["--num_rounds", "x"], "x is not a whole number"),
         (["--round_timeout", "9"], "--round_timeout has no effect in a simulation"),
         (["--server_port", "99"], "--server_port has no effect in a simulation"),

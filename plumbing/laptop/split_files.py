@@ -1,0 +1,97 @@
+"""The files of a split dataset: its folder, replaced as a whole; CSVs; bundles; and --show, which reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from plumbing.common.arguments import list_datasets
+from plumbing.common.files import sync_folder
+from plumbing.common.process import UserError, printable, say
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to write to, which replaces the dataset `path` when the block ends without an error.
+
+    Raises UserError if `path` is something else than a dataset, or cannot be written.
+    """
+    if re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", path.name, re.IGNORECASE):
+        raise UserError(f"--dataset {path.name}: Windows does not allow a folder of this name, choose another")
+    target = path.resolve()
+    if target.exists() and not (target / "dataset.json").exists():
+        raise UserError(f"{target} exists and was not written by this script: move it elsewhere")
+    new, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        yield new
+        if hasattr(os, "sync"):  # on Linux and macOS: all files in a tenth of a second; one by one they take minutes
+            os.sync()
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        new.rename(target)
+        sync_folder(target.parent)  # only now may the old one go
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def write_table(path: Path, columns, rows) -> None:
+    """Write a CSV, with the same bytes on every system."""
+    lines = [",".join(row) for row in (columns, *rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_bundle(folder: Path, dataset: str, cid: int, ids) -> None:
+    """Write bundles/client_<cid>.tar, dataset.json and the client's CSV and images, to unpack in the suite's folder."""
+
+    def anonymous(member):
+        member.mtime = member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member
+
+    names = ["dataset.json", f"clients/client_{cid}.csv"] + [f"train/{image_id}.npy" for image_id in ids]
+    with tarfile.open(folder / "bundles" / f"client_{cid}.tar", "w") as tar:
+        for name in names:
+            tar.add(folder / name, f"datasets/{dataset}/{name}", filter=anonymous)
+
+
+def show(folder: Path) -> None:
+    """Print how many images of each class each client of the dataset in `folder` has, according to the CSVs."""
+    import pandas as pd  # takes half a second to import
+
+    try:
+        classes = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        others = list_datasets(folder.parent)
+        raise UserError(f"{folder} has no dataset.json of this script{others}: run it without --show first") from None
+    shards, paths = {}, list((folder / "clients").glob("client_*.csv"))
+    cids = [path.stem[len("client_") :] for path in paths]
+    for cid, path in sorted((int(cid), path) for cid, path in zip(cids, paths) if cid.isdecimal()):
+        try:
+            shards[cid] = pd.read_csv(path)
+            labels, phases = set(shards[cid]["label"]), set(shards[cid]["phase"])
+        except (OSError, ValueError, KeyError):
+            labels = phases = set()
+        if not labels or not labels <= set(range(len(classes))) or not phases <= {"fit", "eval"}:
+            raise UserError(f"{path} is not as this script wrote it: run it again without --show")
+    if not shards:
+        raise UserError(f"{folder / 'clients'} has no client_<cid>.csv: run this without --show first")
+    rows = pd.concat(shards, names=["cid"]).reset_index("cid")
+    table = pd.crosstab(rows["cid"], rows["label"]).reindex(columns=range(len(classes)), fill_value=0)
+    table["all"] = table.sum(axis=1)
+    table[["fit", "eval"]] = pd.crosstab(rows["cid"], rows["phase"]).reindex(columns=["fit", "eval"], fill_value=0)
+    table.loc["all"] = table.sum()
+    table.columns = [*(printable(name, 40) for name in classes), *table.columns[len(classes) :]]
+    say(table.rename_axis("cid").reset_index().to_string(index=False))
