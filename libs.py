@@ -14,24 +14,21 @@ import contextlib
 import gc
 from pathlib import Path
 
-from plumbing import UNNAMED, VERSION
+from plumbing import VERSION
 from plumbing.common.arguments import (
     find_folder,
     given_flags,
-    join_address,
     list_datasets,
     new_parser,
     nonempty_path,
     number,
     plain_args,
     read_secret,
-    refuse_readable,
     split_address,
 )
 from plumbing.common.files import atomic_write, lock_file
 from plumbing.common.images import decode_image, prepare_image
-from plumbing.common.process import UserError, mute_handlers, on_signal, printable, quiet_flower, run_script, say
-from plumbing.common.sockets import KEEPALIVE, keep_alive, tcp_sockets
+from plumbing.common.process import UserError, on_signal, printable, quiet_flower, run_script, say
 
 
 @contextlib.contextmanager
