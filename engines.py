@@ -1,4 +1,4 @@
-"""One pass of training or of testing over batches, for any net; used by the clients and by the server's test.
+"""Train and test any net: the loop over the batches, and what clients and server run with it.
 
 A loader is anything with a length that yields (float32 B×C×H×W, int64 B): data.BatchLoader or torch's DataLoader.
 """
@@ -11,17 +11,16 @@ from libs import nn, np, say, torch, tqdm
 from plumbing.common.fast import Adam
 from plumbing.common.state import save_checkpoint
 
-# The server's arguments that travel to the devices with each round, as client_fit_fn's parameters of the same names.
+# The server's flags that travel to the devices with each round: client_fit_fn has parameters of the same names.
 HYPER_PARAMETERS = ("num_epochs", "lr", "seed", "proximal_mu", "augment")
-# Pixels by which --augment shifts an image at most: with the usual 4 a net learns slower than 100 rounds allow.
-SHIFT = 2
+SHIFT = 2  # pixels by which --augment shifts an image at most: with the usual 4, 100 rounds are too few
 
 
 def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:
-    """Train `model` for one pass over `loader`, or only measure it where `optimizer` is None.
+    """Train `model` for one pass over `loader`, or only measure it if `optimizer` is None.
 
     Returns (mean cross entropy in nats, accuracy in 0..1), both over all images; a training pass measures each batch
-    before the step on it. Nothing in the loop waits for the device: the two sums are read back once, at the end.
+    before the step on it. Nothing in the loop waits for a GPU: the results are read back once, at the end.
     """
     training = optimizer is not None
     model.train(training)
@@ -29,7 +28,7 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     sizes, losses, answers, truths = [], [], [], []
     with torch.set_grad_enabled(training):
         for images, labels in tqdm(loader, title, leave=False, disable=title is None):
-            images, labels = images.to(device), labels.to(device)  # no copies where they are there already
+            images, labels = images.to(device), labels.to(device)  # copies nothing that is there already
             logits = model(images)
             loss = loss_fn(logits, labels)
             if training:
@@ -46,7 +45,7 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
 
 
 class Augmented:
-    """A loader whose batches are those of `loader`, with each image changed at random (shift_and_mirror)."""
+    """The batches of `loader`, with each image changed at random (shift_and_mirror)."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -60,10 +59,10 @@ class Augmented:
 
 
 def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
-    """Each of the `images` (B×C×H×W) shifted by up to SHIFT pixels either way, with black at the edge that comes in.
+    """Return the `images` (B×C×H×W), each shifted by up to SHIFT pixels either way, with black at the new edge.
 
-    That is a random crop of the image with a border. Coloured ones (C = 3) are also mirrored left to right half of the
-    time; grey ones are not, for they may be digits or letters. Drawn from torch's generator.
+    That is a random crop of the image with a border. Coloured images (C = 3) are also mirrored left to right half of
+    the time; grey ones are not, since they may be digits or letters. Uses torch's random numbers.
     """
     size, channels, height, width = images.shape
     device = images.device
@@ -77,10 +76,10 @@ def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
 
 
 class Proximal:
-    """An optimizer with FedProx's term (Li et al. 2020, arXiv 1812.06127) in each step of `optimizer`.
+    """An optimizer that adds FedProx's term (Li et al. 2020, arXiv 1812.06127) to each step of `optimizer`.
 
-    The term, mu/2·‖w − w₀‖² over what is trained, pulls it towards the global model w₀, which the parameters are when
-    this is made.
+    The term, mu/2·‖w − w₀‖², pulls the trained parameters w towards the global model w₀, which is what they are when
+    this is created.
     """
 
     def __init__(self, optimizer, parameters, mu):
@@ -113,14 +112,17 @@ def client_fit_fn(
 ) -> dict[str, float]:
     """Train `model` with Adam for `num_epochs` passes over loaders["fit"], then measure it on loaders["eval"].
 
-    Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats. fit_* are of the last pass over the fit
-    images, in training mode, each batch before the step on it; eval_* are of the trained model. `proximal_mu` is
-    FedProx's (Proximal), no part of the losses; `augment` changes the fit images, and the fit figures with them
-    (shift_and_mirror), but not the others. With a `seed` the order of the images, and what is random in the net, is the
-    same each time. Saves a checkpoint, which `about` describes (state.save_checkpoint), to `save_ckp_path` if given;
-    an error there is only printed. `training_verbose` shows a progress bar per epoch, on a terminal.
+    Returns {"fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy"}, floats. fit_* are measured in the last training
+    pass, each batch before the step on it; eval_* with the trained model.
 
-    Those of HYPER_PARAMETERS come from the server.
+    save_ckp_path: where a checkpoint is saved, None for nowhere. An OSError there is only printed.
+    training_verbose: show a progress bar per epoch, on a terminal.
+    seed: makes the order of the images, and what is random in the net, reproducible.
+    about: describes the checkpoint (common/state.save_checkpoint).
+    proximal_mu: FedProx's (Proximal); its term is not part of the losses.
+    augment: shift and mirror the fit images at random, in the fit figures too, but not the eval images.
+
+    The server sends those of HYPER_PARAMETERS.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -155,7 +157,7 @@ def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") ->
 
 
 def count_answers(loader, model: nn.Module, device="cpu") -> np.ndarray:
-    """How often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
+    """Count how often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
     model.to(device).eval()
     with torch.no_grad():
         pairs = [(labels, model(images.to(device)).cpu()) for images, labels in loader]

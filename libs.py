@@ -1,47 +1,41 @@
-"""Third-party names that the modules share, and what all scripts use from plumbing/.
+"""What all modules import from one place: numpy, torch and tqdm, the three folders, and the basics of plumbing/.
 
-All other modules import from here, by name, and before anything that is not Python's own: plumbing sets what other
-packages read when they are imported. What only some need (cv2, pandas, wandb, matplotlib) they import themselves.
+    np, torch, nn, tqdm       third-party packages; torch is imported when it is first asked for
+    ROOT, DATASETS, CKPS      the suite's folder, what partition.py writes, what training writes
+    UserError, say, …         how a script starts, reads its flags, prints, saves and ends (plumbing/common)
+
+Import it before any other package: plumbing sets the variables that these read. What only some modules need (cv2,
+pandas, wandb, matplotlib) they import themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
-import hmac
-import json
-import os
-import struct
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from plumbing import UNNAMED, VERSION
+from plumbing import VERSION
 from plumbing.common.arguments import (
     find_folder,
     given_flags,
-    join_address,
     list_datasets,
     new_parser,
     nonempty_path,
     number,
     plain_args,
     read_secret,
-    refuse_readable,
     split_address,
 )
 from plumbing.common.files import atomic_write, lock_file
 from plumbing.common.images import decode_image, prepare_image
-from plumbing.common.process import UserError, mute_handlers, on_signal, printable, quiet_flower, run_script, say
-from plumbing.common.sockets import KEEPALIVE, keep_alive, tcp_sockets
+from plumbing.common.process import UserError, on_signal, printable, quiet_flower, run_script, say
 
 
 @contextlib.contextmanager
 def quick_imports():
-    """Import in this block without garbage collection, and leave what was imported out of later collections.
+    """Import without garbage collection in this block, and exclude what was imported from later collections.
 
-    Of a thousand modules nothing is garbage, and searching them took a third of the start.
+    None of a thousand modules is garbage, and searching them took a third of the start.
     """
     collecting = gc.isenabled()
     gc.disable()

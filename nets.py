@@ -1,21 +1,18 @@
-"""The nets by name, and what can be done with any of them: build, compare, save, load, predict.
+"""The nets, and what works with any of them: build it by name, load its checkpoint, predict.
 
 To train another net, write its class here, add it to `NETS`, and name it by `--net` on the server; the devices follow.
-A net takes `(in_channels, num_classes)`, and images of the size that its attribute `image_size` says (height, width).
-What else it may have: the attribute `augment`, which is the server's default for --augment, and the buffers
-`input_mean` and `input_std` to normalise its input by (normalise_input).
+A net takes `(in_channels, num_classes)`, and has the attribute `image_size` (height, width). Optional are the attribute
+`augment`, the server's default for --augment, and the buffers `input_mean` and `input_std` (normalise_input).
 """
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 from pathlib import Path
 
-from libs import UserError, decode_image, nn, np, prepare_image, printable, torch
+from libs import UserError, nn, np, prepare_image, printable, torch
 from plumbing.common.compare import blamed_on
 from plumbing.common.fast import MaxPool2d
+from plumbing.common.images import as_pixels
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays  # noqa: F401 (for those who import them from here)
 
 
@@ -74,7 +71,7 @@ NETS = {net.__name__: net for net in (LeNet5, GroupNet)}  # yours goes here
 
 
 def find_net(name: str) -> type[nn.Module]:
-    """The class that NETS has under `name`. Raises UserError where it has none, or what is there can be no net."""
+    """Return the class that NETS has under `name`. Raises UserError if it has none, or what it has cannot be a net."""
     if name not in NETS:
         raise UserError(f"nets.py has no net {name}; it has {', '.join(NETS)}")
     net = NETS[name]
@@ -87,7 +84,7 @@ def find_net(name: str) -> type[nn.Module]:
 
 
 def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    """The net of that name with fresh parameters, on the CPU. Raises UserError where there is none, or it fails."""
+    """Return the net of that name with fresh parameters, on the CPU. Raises UserError if there is none, or it fails."""
     net = find_net(name)
     with blamed_on(name, "built"):
         model = net(in_channels, num_classes)
@@ -96,10 +93,10 @@ def build_net(name: str, in_channels: int, num_classes: int) -> nn.Module:
 
 
 def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float] | None) -> None:
-    """Have `model` normalise its input by a data set's `mean` and `std`, a float in 0..1 a channel, where both can.
+    """Make `model` normalise its input by a dataset's `mean` and `std`, a float in 0..1 per channel.
 
     They go into its buffers `input_mean` and `input_std` (float32 1×C×1×1), and with these to the devices and into the
-    checkpoints. A net without the buffers, and a data set that does not say (None), change nothing.
+    checkpoints. Does nothing if the net has no such buffers, or the dataset does not say (None).
     """
     for name, values in (("input_mean", mean), ("input_std", std and [max(value, 1 / 255) for value in std])):
         buffer = dict(model.named_buffers()).get(name)
@@ -111,12 +108,12 @@ def normalise_input(model: nn.Module, mean: list[float] | None, std: list[float]
 def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:
     """Read a checkpoint: (the net in eval mode, on the CPU; the checkpoint's dictionary).
 
-    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or no checkpoint, and for
-    one whose net this module has not, or has another of that name; OSError where it cannot be read.
+    Runs no code from the file. Raises ValueError, with the reason, if the file is damaged or no checkpoint, or its net
+    is not in this module or a different one here; OSError if it cannot be read.
     """
     checkpoint = read_saved(path)
     if checkpoint.get("net", "LeNet5") not in list(NETS):
-        raise ValueError(f"its net is {printable(checkpoint['net'], 40)}, which nets.py has not")
+        raise ValueError(f"its net is {printable(checkpoint['net'], 40)}, which nets.py does not have")
     missing = [name for name in ("net", "in_channels", "num_classes", "model") if name not in checkpoint]
     if missing:
         raise ValueError(f"it is no checkpoint of this suite: it has no {', '.join(missing)}")
@@ -129,11 +126,11 @@ def load_checkpoint(path: Path | str) -> tuple[nn.Module, dict]:
 
 
 def predict(model: nn.Module, checkpoint: dict, image) -> tuple[str, dict[str, float]]:
-    """The class that `model` sees in `image`, and the probability of each: (name, {name: 0..1}).
+    """Classify an image: (the most probable class, {class: its probability in 0..1}).
 
     `model` and `checkpoint` are what load_checkpoint returns. `image` is the path of an image file, its bytes, a file
     object, a PIL image, or an array of uint8 or uint16, H×W or H×W×C with C 1, 3 (RGB) or 4 (RGB and alpha). It is
-    prepared as the images of the training were. Raises UserError where it cannot be, and for anything else.
+    prepared as the training images were. Raises UserError if it cannot be.
     """
     size = model.image_size
     images = checkpoint.get("images") or {}  # an older checkpoint has none
@@ -147,36 +144,3 @@ def predict(model: nn.Module, checkpoint: dict, image) -> tuple[str, dict[str, f
     model.train(training)
     names = checkpoint.get("classes") or [str(label) for label in range(model.num_classes)]
     return names[int(np.argmax(probabilities))], dict(zip(names, probabilities))
-
-
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL, those that a PNG keeps as they are
-
-
-def as_pixels(image):
-    """The array that decode_image would return for what predict takes as an `image`. Raises UserError."""
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind != "u" or image.dtype.itemsize > 2:
-            raise UserError(f"an array has to be uint8 or uint16, not {image.dtype}: scale it to 0..255 and convert it")
-        if not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
-            raise UserError(f"an array has to be H×W, H×W×1, H×W×3 or H×W×4, not {'×'.join(map(str, image.shape))}")
-        image = np.ascontiguousarray(image, f"u{image.dtype.itemsize}")
-        return image[:, :, 0] if image.shape[2:] == (1,) else image
-    shown = printable(image, 100) if isinstance(image, (str, os.PathLike)) else type(image).__name__
-    try:
-        if "PIL.Image" in sys.modules and isinstance(image, sys.modules["PIL.Image"].Image):
-            from PIL import ImageOps
-
-            if image.mode not in PNG_MODES:
-                raise UserError(f'a PIL image cannot be of mode {image.mode}: give image.convert("RGB")')
-            file = io.BytesIO()
-            ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
-            image = file.getvalue()
-        elif isinstance(image, (str, os.PathLike)):
-            image = Path(image).read_bytes()
-        elif hasattr(image, "read"):
-            image = image.read()
-        if not isinstance(image, (bytes, bytearray, memoryview)):
-            raise UserError(f"no image can be made of a {shown}: give a path, bytes, a PIL image or a numpy array")
-        return decode_image(bytes(image))
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {shown} cannot be read: {error}") from None

@@ -89,8 +89,7 @@ class Checked:
         self.save_ckp_path = self.record.path
         self.tries = collections.Counter()  # of each round: one in which nobody trained is run again, by others
         self.sent, self.config = kwargs["initial_parameters"], {}  # what the clients of the round train with
-        self.started = None  # when the current round was
-        self.row = None  # of the current round, once somebody trained in it; `arrays` and `clients` belong to it
+        self.started, self.row = None, None  # of the current round; `row` once somebody trained in it, and then also:
         self.arrays, self.clients = None, {}
 
     @property

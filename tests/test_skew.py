@@ -237,7 +237,7 @@ def test_a_device_begins_with_the_servers_batch_norm_in_another_run_or_cut_or_ne
     assert (norm(starts_from(device(tmp_path), monkeypatch, "b a")) == kept).all()
     assert (norm(starts_from(device(tmp_path), monkeypatch, "c b a")) == kept).all()  # a resume of it
     capsys.readouterr()
-    for fedbn, about in (("d", {}), ("c a", {}), ("b a", {"dataset_id": "another cut"})):
+    for fedbn, about in (("d", {}), ("c a", {}), ("b a", {"dataset_id": "another split"})):
         start = starts_from(device(tmp_path, **about), monkeypatch, fedbn)
         assert (norm(start) == norm(GLOBAL)).all()
         assert "batch norm begins with the server's" in capsys.readouterr().out

@@ -147,11 +147,6 @@ def test_malformed_payloads_are_dropped_with_their_reasons(tiny, compress):
     assert np.isfinite(rows["test_loss"]).all()
 
 
-def test_values_beyond_float16_arrive(tiny):
-    train(tiny, [f"breaks = ['value = 1e6']{BREAKING}"], "--compress", "fp16", num_rounds=1)
-    assert final_model(tiny)["classifier.bias"][0] == pytest.approx(1e6, rel=1e-6)
-
-
 def test_compress_that_could_do_nothing_is_refused(tiny):
     nets = tiny.root / "nets.py"
     before, after = nets.read_text().split("NETS = ")
@@ -195,6 +190,13 @@ def test_difference_is_within_half_a_step(shape, compress):
 def test_difference_that_is_not_finite_crosses_as_it_is(array, base, compress):
     array, base = np.float32(array), np.float32(base)
     np.testing.assert_array_equal(through(array, base, compress)[1], array)
+
+
+@KINDS
+@pytest.mark.parametrize("value", [1e6, -1e30])
+def test_values_beyond_float16_arrive(value, compress):
+    array = np.float32([value, 1, 0])
+    assert through(array, np.zeros_like(array), compress)[1][0] == pytest.approx(value, rel=1e-6)
 
 
 @KINDS

@@ -32,7 +32,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def new_parser(description):
-    """The parser of a script, `description` being its docstring, with the flag that all scripts share."""
+    """Return a parser with the flag that all scripts share. `description` is the script's docstring."""
 
     def name(text):
         if not re.fullmatch(r"\w[\w.-]*", text):
@@ -63,7 +63,7 @@ def number(kind, low, high=float("inf"), inside=False):
 
 
 def nonempty_path(text):
-    """An argparse type: a Path. "", as from a variable that is not set, would name the current folder."""
+    """An argparse type: a Path. "", as from an unset variable, would name the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
@@ -77,7 +77,7 @@ def given_flags(parser: argparse.ArgumentParser, flags=None) -> set[str]:
 
 
 def plain_args(args: argparse.Namespace) -> dict:
-    """The arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
+    """Return the arguments of a script as a checkpoint can hold them: a dictionary of plain types."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
@@ -88,7 +88,7 @@ def list_datasets(folder: Path) -> str:
 
 
 def find_folder(config: dict) -> Path:
-    """The suite's own folder, of which a Flower App knows by its `config` alone. Raises UserError where it does not."""
+    """Return the suite's folder, which a Flower App finds in its `config`. Raises UserError if it is not there."""
     folder = config.get("folder", "")
     if not (isinstance(folder, str) and Path(folder).is_absolute() and Path(folder).is_dir()):
         raise UserError(f"folder is {folder!r} in the config: it has to be the suite's folder here, from / on")
@@ -102,7 +102,7 @@ def refuse_readable(path: Path, what: str) -> None:
 
 
 def read_secret(path: Path | None) -> bytes | None:
-    """The secret in the file `path` (bytes, without surrounding white space), or None where `path` is None."""
+    """Return the secret in the file `path` (bytes, without surrounding white space), or None if `path` is None."""
     if path is None:
         return None
     try:
@@ -116,10 +116,11 @@ def read_secret(path: Path | None) -> bytes | None:
 
 
 def split_address(text: str, port: int | None = None, default: int = 8080) -> tuple[str, int]:
-    """What the user gave as an address, taken apart: (host, port), the host without brackets, IPv6 zones kept.
+    """Split an address that the user gave into (host, port), the host without brackets, with its IPv6 zone.
 
-    Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is what was
-    given as a port of its own, or None. Raises UserError for what can never be reached, rather than try for minutes.
+    Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is the value
+    of --server_port, or None. Raises UserError for an address that can never be reached. (urllib.parse accepts most of
+    these, such as 192.168.1.300, or laptop: without a port.)
     """
     rest = re.sub(r"^\w+://", "", text.strip()).rstrip("/")
     host, colon, tail = rest, "", ""
@@ -151,5 +152,5 @@ def split_address(text: str, port: int | None = None, default: int = 8080) -> tu
 
 
 def join_address(host: str, port: int) -> str:
-    """The two as one word: "host:port", "[::1]:port"."""
+    """Return "host:port", or "[::1]:port" for IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""What client and server compare: a net's shapes and outputs, and the proof that both know the secret."""
+"""Compare client and server: a net's shapes and outputs, and the proof that both know the secret."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-TRIED = 8  # images in a trial
-TOLERANCE = 2e-4  # of the greatest output: far more than boards and versions of torch differ by, far less than nets do
+BATCH = 8  # images in a trial
+TOLERANCE = 2e-4  # of the largest output: boards and versions of torch differ by far less, nets by far more
 
 
 @contextlib.contextmanager
 def blamed_on(name, what):
-    """Turn whatever goes wrong in this block into a UserError with the reason: nets are what users write themselves."""
+    """Turn any exception in this block into a UserError with the reason: users write their own nets."""
     try:
         yield
     except UserError:
@@ -32,14 +32,14 @@ def blamed_on(name, what):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that two nets share when their parameters have the same names, shapes and dtypes."""
+    """Return 16 hex digits that two nets share if their parameters have the same names, shapes and dtypes."""
     lines = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in model.state_dict().items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def seeded(seed: int):
-    """Make what is random in this block, on the CPU, the same each time; what follows is as random as before."""
+    """Seed the random numbers of this block, on the CPU; those after it are as if it had not been there."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -52,8 +52,8 @@ def seeded(seed: int):
             np.random.set_state(states[1])
 
 
-def fill(model: nn.Module) -> None:
-    """Give all parameters and buffers of `model` values of their own, the same ones on every machine."""
+def fill_with_noise(model: nn.Module) -> None:
+    """Fill the parameters and buffers of `model` with values that are the same on every machine."""
     noise = np.random.RandomState(0).normal(size=65521).astype(np.float32)  # the same in every numpy
     for index, (name, tensor) in enumerate(model.state_dict().items()):
         if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
@@ -61,33 +61,33 @@ def fill(model: nn.Module) -> None:
             if tensor.dtype == torch.bool:
                 values = values > 0
             elif tensor.ndim > 1:
-                values = values / (tensor[:1].numel() or 1) ** 0.5  # so that outputs stay about as large as inputs
-            if name.endswith(("running_var", "input_std")):  # which are never negative or next to nothing
+                values = values / (tensor[:1].numel() or 1) ** 0.5  # keeps outputs about as large as inputs
+            if name.endswith(("running_var", "input_std")):  # these are positive
                 values = values.abs().clamp(0.01)
             tensor.copy_(values * (0.6 + 0.8j) if tensor.is_complex() else values)
-        else:  # integers, such as indices, for which not any number will do
+        else:  # integers, such as indices: other numbers might not be valid
             tensor.copy_(tensor.flatten().sort().values.view_as(tensor))
 
 
 def trial(model: nn.Module) -> np.ndarray:
-    """What a copy of `model` computes on the CPU for fixed images, parameters and random numbers: float32 2×n.
+    """Run a copy of `model` on the CPU with fixed images, parameters and random numbers. Return float32 2×n.
 
-    The first row has a number for the random numbers that this machine draws, the rates of dropout layers, the logits
-    in eval mode, those in train mode, and the buffers that this pass leaves; the second row is the same, with nan for
-    what is random. By it two nets with the same fingerprint are told apart (same_trial) when what lies between their
-    parameters differs: an activation, a pooling, a momentum. Raises UserError, with the reason, for a net that cannot
-    be run or trained, or whose parameters cannot be sent.
+    The first row holds a number that identifies the machine's random numbers, the rates of dropout layers, the logits
+    in eval mode, those in train mode, and the buffers after that pass; the second row is the same, with nan for what is
+    random. same_trial compares two of them: it tells nets with the same fingerprint apart that differ in between, by an
+    activation, a pooling, a momentum. Raises UserError, with the reason, if the net cannot be run or trained, or its
+    parameters cannot be sent.
     """
-    rows, name, shape = [], type(model).__name__, (TRIED, model.in_channels, *model.image_size)
+    rows, name, shape = [], type(model).__name__, (BATCH, model.in_channels, *model.image_size)
     noise = np.random.RandomState(1).uniform(size=65521).astype(np.float32)
-    images, labels = torch.from_numpy(np.resize(noise, shape)), torch.arange(TRIED) % model.num_classes
+    images, labels = torch.from_numpy(np.resize(noise, shape)), torch.arange(BATCH) % model.num_classes
     rates = [layer.p for layer in model.modules() if isinstance(layer, _DropoutNd)]
     for seed in (0, 1):
         with seeded(seed):
             draws = torch.cat([torch.empty(12).bernoulli_(0.5), (torch.empty(12).exponential_() > 0.7).float()])
             with blamed_on(name, "run"):
                 net = copy.deepcopy(model)
-                fill(net)
+                fill_with_noise(net)
                 set_arrays(net, get_arrays(net))
                 with torch.no_grad():
                     logits = [net.eval()(images.clone())]
@@ -107,19 +107,19 @@ def trial(model: nn.Module) -> np.ndarray:
 
 
 def check_logits(logits, model):
-    """Raise UserError unless `logits`, the output of `model` for TRIED images, is a float tensor of N×num_classes."""
+    """Raise UserError unless `logits`, the output of `model` for BATCH images, is a float tensor of N×num_classes."""
     whole = isinstance(logits, torch.Tensor) and logits.is_floating_point()
-    if not whole or logits.shape != (TRIED, model.num_classes):
+    if not whole or logits.shape != (BATCH, model.num_classes):
         found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
-        wanted = f"for {TRIED} images, not a float tensor of {TRIED}×num_classes, which is {model.num_classes} here"
+        wanted = f"for {BATCH} images, not a float tensor of {BATCH}×num_classes, which is {model.num_classes} here"
         raise UserError(f"net {type(model).__name__} cannot be used: it returns {found} {wanted}")
 
 
 def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two results of `trial` are the same, as far as boards and versions of torch compute the same.
+    """Return whether two results of `trial` are the same, as far as boards and versions of torch compute the same.
 
     From one seed an Intel CPU draws other numbers than an ARM board, which has no MKL to draw those of dropout. Between
-    these only what does not depend on the seed is compared.
+    these, only what does not depend on the seed is compared.
     """
     if one.size != other.size:
         return False
@@ -131,5 +131,5 @@ def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def prove(secret: bytes, nonce: str, cid: int) -> str:
-    """The answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
+    """Return the answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
     return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()

@@ -12,7 +12,7 @@ UNUSED_OPTIONS = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
 
 class PoolFunction(torch.autograd.Function):
-    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch's own."""
+    """MaxPool2d's passes. Of equal values the first, row by row, gets the gradient, as in torch."""
 
     @staticmethod
     def forward(ctx, images):
@@ -35,7 +35,7 @@ class PoolFunction(torch.autograd.Function):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d(2), for an even height and width, in a third of its time on a CPU: as maxima of whole slices."""
+    """nn.MaxPool2d(2) in a third of its time on a CPU, by maxima of whole slices, if height and width are even."""
 
     def __init__(self):
         super().__init__(2)
@@ -79,8 +79,9 @@ class Adam:
             step_all(parameters, gradients, means, squares, [], steps, **options, **UNUSED_OPTIONS)
 
 
-def plain_adam(parameters, gradients, means, squares, _, steps, lr, beta1, beta2, eps, **unused):
-    """Compute what torch._fused_adam_ computes, for a torch that has it not or not on the CPU (before 2.4)."""
+def plain_adam(parameters, gradients, means, squares, _, steps, **options):
+    """Compute what torch._fused_adam_ computes, for a torch that lacks it, or lacks it on the CPU (before 2.4)."""
+    lr, beta1, beta2, eps = (options[name] for name in ("lr", "beta1", "beta2", "eps"))
     for parameter, gradient, mean, square, step in zip(parameters, gradients, means, squares, steps):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks."""
+"""Write files whole or not at all, and lock them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def lock_file(path: Path):
-    """Lock the file `path` for this process, until it ends: the lock, to be kept, or None where another process has it.
+    """Lock the file `path` until this process ends. Return the lock, to be kept, or None if another process has it.
 
-    The file holds nothing: on some systems locking empties it. Raises OSError where it cannot be made.
+    The file is empty: on some systems locking truncates it. Raises OSError if it cannot be made.
     """
     from filelock import FileLock, Timeout
 
@@ -25,13 +25,13 @@ def lock_file(path: Path):
 
 
 def sync_file(path: Path | str) -> None:
-    """Wait until the disk has what was written to the file `path`. Raises OSError where it cannot be written there."""
+    """Wait until what was written to the file `path` is on the disk. Raises OSError if it cannot be written there."""
     with open(path, "rb+") as file:  # "+": Windows syncs only what may be written
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path | str) -> None:
-    """Wait until the disk has the names in the folder `path`: new files, and those that were renamed or removed.
+    """Wait until the names in the folder `path` are on the disk: new files, and those that were renamed or removed.
 
     Windows and some network drives cannot do that: there it does nothing, like SQLite.
     """
@@ -45,10 +45,10 @@ def sync_folder(path: Path | str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Give a path to write to; what was written gets the name `path` when the block ends well, and else vanishes.
+    """Give a path to write to. The file is renamed to `path` at the end of the block, or removed if the block raises.
 
-    The disk has the file before it is renamed, and its name before this returns: a power cut leaves the old file or
-    the new one, and the new one wherever anything that was written later is left.
+    It is on the disk before it is renamed, and so is its name before this returns: a power cut leaves the old file or
+    the new one, and certainly the new one if anything that was written later is there.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -58,5 +58,5 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         os.replace(part, path)
         sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # it has its name, or what went wrong is raised already
+        with contextlib.suppress(OSError):  # it was renamed, or an error is raised already
             part.unlink()

@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something that the user can mend: a script ends with this as its one line on stderr and exit code 2."""
+    """A mistake that the user can mend: the script ends with this as one line on stderr, and exit code 2."""
 
 
-class Steady:
-    """A text stream to print to, whatever becomes of it: a full disk, a closed pipe, a terminal that is gone.
+class SafeStream:
+    """A text stream that never raises: not for a full disk, a closed pipe, or a terminal that is gone.
 
-    What cannot be written is lost, or written later; no one who prints is told.
+    What cannot be written is lost, or written later.
     """
 
     def __init__(self, stream):
@@ -44,9 +44,9 @@ class Steady:
         return getattr(self.stream, name)
 
 
-def steady_streams():
-    """Make printing safe for the rest of the process: nothing that is said may end what is done."""
-    while True:  # a stream that was closed by the caller leaves its number to the next file or connection, so hold it
+def make_printing_safe():
+    """Make sure that printing never ends the process, and never writes into another file."""
+    while True:  # the next file or connection would get the number of a stream that the caller has closed: take it
         number = os.open(os.devnull, os.O_RDWR)
         if number > 2:
             os.close(number)
@@ -55,17 +55,17 @@ def steady_streams():
         stream = getattr(sys, name) or open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks our letters
-        if not isinstance(stream, Steady):
-            setattr(sys, name, Steady(stream))
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream))
 
 
 def on_signal(act: Callable[[int], None]) -> None:
     """Call `act(signum)`, in a thread of its own, for each SIGINT and SIGTERM from now on.
 
-    The handlers themselves do nothing. An exception that a handler raises inside gRPC deadlocks the process for good
-    (grpc 19973, 20026), and a handler waits for the main thread to leave C code. The number of a signal is written to a
-    socket at once, whatever the main thread does, and read here. From now on the process ends by os._exit (run_script),
-    for the ends of gRPC's threads cannot be trusted either.
+    The handlers themselves do nothing: an exception that a handler raises inside gRPC deadlocks the process for good
+    (grpc 19973, 20026), and a handler waits until the main thread leaves C code. Python writes the number of a signal
+    to a socket at once, whatever the main thread does, and it is read here. From now on the process ends by os._exit
+    (run_script), because gRPC's threads may never end.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -73,20 +73,18 @@ def on_signal(act: Callable[[int], None]) -> None:
     def watch():
         while True:
             reader.recv(1, socket.MSG_PEEK)
-            time.sleep(
-                0.0002
-            )  # of signals that wait together, the kernel hands over the one with the greater number first
+            time.sleep(0.0002)  # for the others that wait: the kernel delivers the greatest number first
             for signum in sorted(reader.recv(64)):
                 act(signum)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     mute_handlers()
-    on_signal.writer = writer  # kept open; also says that signals are watched
+    on_signal.writer = writer  # kept open; run_script and server.py look whether it is there
 
 
 def mute_handlers() -> None:
-    """Give SIGINT and SIGTERM handlers that do nothing (on_signal has their numbers), in place of any others."""
+    """Replace the handlers of SIGINT and SIGTERM by some that do nothing (on_signal reads their numbers)."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: None)
 
@@ -95,13 +93,13 @@ def run_script(main: Callable[[], int]) -> None:
     """Run a script's `main` and end the process with its exit code: 2 for a UserError, 130 or 143 for a signal."""
 
     def leave(signum, frame):
-        for other in (signal.SIGINT, signal.SIGTERM):  # the first one decides; what ends is not interrupted
+        for other in (signal.SIGINT, signal.SIGTERM):  # the first one decides, and the end is not interrupted
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
-    steady_streams()
+    make_printing_safe()
     try:
         code = main()
     except UserError as error:
@@ -119,19 +117,19 @@ def run_script(main: Callable[[], int]) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print a line at once, above the progress bars if any are shown."""
+    """Print a line at once, above any progress bars."""
     tqdm.write(text, file=file or sys.stdout)
     (file or sys.stdout).flush()
 
 
 def quiet_flower():
-    """Keep the logs of Flower and gRPC off the terminal: what went wrong is said in our own words."""
+    """Keep the logs of Flower and gRPC off the terminal: our own messages say what went wrong."""
     for name in ("flwr", "grpc"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def printable(value, limit: int = 200) -> str:
-    """What somebody else sent, as one short line that a terminal can show."""
+    """Return a value that somebody else sent as one short line that a terminal can show."""
     if isinstance(value, (str, bytes)):
         value = value[: 4 * limit]
     try:

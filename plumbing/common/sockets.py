@@ -12,9 +12,9 @@ KEEPALIVE = 30  # seconds until a connection is ended whose other side has vanis
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Have the kernel ask the other side's kernel whether it is still there, and end the connection where it is not.
+    """Have the kernel ask the other side's kernel whether it is still there, and end the connection if it is not.
 
-    So one that vanishes is noticed within KEEPALIVE seconds, while one that is merely busy, for however long, answers.
+    A side that vanishes is noticed within KEEPALIVE seconds; one that is merely busy answers, however long it is.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
@@ -29,9 +29,9 @@ def keep_alive(sock: socket.socket) -> None:
 
 
 def tcp_sockets(port: int, far: bool = False) -> Iterator[socket.socket]:
-    """This process's TCP connections from the local port `port`, or with `far` those to the port `port`, one at a time.
+    """Yield this process's TCP connections from the local port `port`, or with `far` those to the port `port`.
 
-    Each is a copy of the socket, closed when the next is asked for. Where the system has no /dev/fd (Windows), nothing.
+    Each is a copy of the socket, closed when the next is asked for. Yields nothing on Windows, which has no /dev/fd.
     """
     for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else []:
         with contextlib.suppress(OSError):  # closed in the meantime, or not connected

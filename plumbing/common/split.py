@@ -1,73 +1,100 @@
-"""The tables that partition.py wrote, and the digests by which a change in them is found."""
+"""What partition.py wrote, and how it is checked."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
-import re
+import shlex
 from pathlib import Path
 
+from plumbing.common.arguments import list_datasets
 from plumbing.common.process import UserError
 
 import numpy as np
 
 
-def read_cells(path):
-    """The cells of a CSV as anyone may have saved it: [[str, …], …], a list a line. Raises UserError where it is none.
+def describe_dataset(dataset: str, folder: Path) -> dict:
+    """Return what `folder`/dataset.json says of a dataset. Raises UserError if it is not what partition.py writes.
 
-    Takes UTF-8 and UTF-16, commas, semicolons and tabs, spaces around cells, and a first line such as "sep=;".
+    "channels" (int), "classes" ([str, …]); each None if not known: "id" of the split, "num_clients", "image_size"
+    ([height, width] of the files), "shards" (a digest per cid), "test" (a digest), "mean" and "std" (of all training
+    images, a float in 0..1 per channel), "split" (per cid how many images of each class), "sizes" ({cid: (fit images,
+    eval images)}); and "images", by which nets.predict prepares an image as these were prepared.
+    Without the file, a name that contains MNIST means one channel, any other three, and the classes are the ten digits.
     """
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"PK\x03\x04") or content.startswith(b"\xd0\xcf\x11\xe0"):
-            raise ValueError("it is a spreadsheet's own file; save it as CSV")
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it is no text")
-        title = next((line for line in text.splitlines() if line.strip() and not line.startswith("sep=")), "")
-        separator = max(",;\t", key=title.count)
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
-        return [[cell.strip() for cell in line] for line in lines]
-    except (ValueError, OSError, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV: {error}") from None
+    path = folder / "dataset.json"
+    info = dict.fromkeys(("id", "num_clients", "image_size", "shards", "test", "mean", "std", "split"))
+    info.update({"channels": 1 if "MNIST" in dataset else 3, "classes": [str(digit) for digit in range(10)]})
+    written, sizes = {}, None
+    if path.exists():
+        try:
+            written = dict(json.loads(path.read_text(encoding="utf-8")))
+            info.update({name: written[name] for name in info if name in written})
+            assert info["channels"] in (1, 3) and info["classes"] == [str(name) for name in info["classes"]]
+            assert info["id"] is None or (isinstance(info["shards"], list) and isinstance(info["test"], str))
+            for name in ("mean", "std"):
+                values = info[name]
+                assert values is None or len(values) in (1, 3) and all(0 <= value <= 1 for value in values)
+            if info["id"] and info["split"] and written.get("eval_fraction") is not None:
+                evals = [(sum(counts), count_eval(sum(counts), written["eval_fraction"])) for counts in info["split"]]
+                sizes = {cid: (total - num_eval, num_eval) for cid, (total, num_eval) in enumerate(evals)}
+        except (ValueError, TypeError, AssertionError):
+            raise UserError(f"{path} is damaged: run partition.py again") from None
+    images = {"image_size": info["image_size"], "fit": written.get("fit") or "squash", "levels": written.get("levels")}
+    return {**info, "sizes": sizes, "images": images}
+
+
+def find_shard(folder: Path, cid: int) -> Path:
+    """Return the path of a shard's table. Raises UserError, with what to do, if it is not there."""
+    path = folder / "clients" / f"client_{cid}.csv"
+    names = [other.stem[len("client_") :] for other in path.parent.glob("client_*.csv")]
+    cids = sorted(int(name) for name in names if name.isdecimal())
+    if cids and not path.exists():
+        raise UserError(f"there is no {path}; --cid can be {', '.join(map(str, cids))}")
+    root = shlex.quote(str(folder.parent.parent))
+    check_there(path, folder, f"unpack the device's bundle: tar xf client_{cid}.tar -C {root}")
+    return path
+
+
+def check_there(path: Path, folder: Path, remedy: str) -> None:
+    """Raise UserError, with the `remedy`, unless the dataset's `folder` and the table `path` in it are there."""
+    if not folder.is_dir():
+        raise UserError(f"no dataset in {folder}{list_datasets(folder.parent)}: {remedy}")
+    if not path.exists():
+        raise UserError(f"there is no {path}: {remedy}")
 
 
 def read_table(path: Path, num_classes: int, phases: tuple[str, ...] = ()) -> np.ndarray:
-    """Read a CSV with the columns id and label, and phase where `phases` are named, each of which must have rows.
+    """Read a CSV that partition.py wrote, with the columns id and label, and phase if `phases` are given.
 
     Returns a structured array with the fields id (str), label (int in 0..num_classes-1) and phase (str). Raises
-    UserError, naming file and line, for a missing column, a duplicate id, a label out of range, an unknown or an empty
-    phase. (Without pandas, for which a small device has no memory to spare.)
+    UserError, naming the file and the line, for anything else, and if a phase has no rows. (Without pandas, for which a
+    small device has no memory to spare.)
     """
     columns = ["id", "label"] + (["phase"] if phases else [])
-    lines = [(number, line) for number, line in enumerate(read_cells(path), start=1) if any(line)]
-    if lines and lines[0][1][0].startswith("sep="):
-        del lines[0]
-    header = [name.lower() for name in lines[0][1]] if lines else []
-    for column in columns:
-        if column not in header:
-            raise UserError(f"{path} has no column {column}; it needs {','.join(columns)}")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, strict=True))
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"{path} is not as partition.py wrote it: {error}") from None
+    if lines[:1] != [columns]:
+        raise UserError(f"{path} is not as partition.py wrote it: its first line is not {','.join(columns)}")
     labels, rows, seen = {str(label): label for label in range(num_classes)}, [], set()
-    for number, line in lines[1:]:
-        if len(line) != len(header):
-            raise UserError(f"{path}, line {number}: {len(line)} cells, not {len(header)}")
-        # A spreadsheet may have made 3.0 of 3; what it has made 1E+05 of cannot be told.
-        row = [re.sub(r"^(\d+)[.,]0+$", r"\1", line[header.index(column)]) for column in columns]
-        problem = None
-        if re.fullmatch(r"\d([.,]\d+)?E[+-]\d+", row[0]):
-            problem = f"id {row[0]} is a number that a spreadsheet has rounded: take the file as it was"
+    for number, row in enumerate(lines[1:], start=2):
+        if len(row) != len(columns):
+            problem = f"{len(row)} cells, not {len(columns)}"
         elif row[0] in seen:
             problem = f"id {row[0]} stands twice"
         elif row[1] not in labels:
             problem = f"label {row[1]} is not in 0..{num_classes - 1}"
         elif phases and row[2] not in phases:
             problem = f"phase {row[2]} is not one of {', '.join(phases)}"
-        if problem:
-            raise UserError(f"{path}, line {number}: {problem}")
-        seen.add(row[0])
-        rows.append((row[0], labels[row[1]], *row[2:]))
+        else:
+            seen.add(row[0])
+            rows.append((row[0], labels[row[1]], *row[2:]))
+            continue
+        raise UserError(f"{path}, line {number}: {problem}")
     table = np.array(rows, [(column, object) for column in columns])
     for phase in phases:
         if not (table["phase"] == phase).any():
@@ -78,17 +105,17 @@ def read_table(path: Path, num_classes: int, phases: tuple[str, ...] = ()) -> np
 
 
 def image_digest(image: np.ndarray) -> bytes:
-    """16 bytes that two uint8 arrays share when their shapes and pixels are the same."""
+    """Return 16 bytes that two uint8 arrays share if their shapes and pixels are the same."""
     digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
     digest.update(image.tobytes())  # row by row, whatever the order in memory
     return digest.digest()
 
 
 def table_digest(rows, image_digests) -> str:
-    """32 hex digits over the rows of a CSV, each a sequence of str, and over the images that they name, in order."""
+    """Return 32 hex digits over the rows of a CSV, each a sequence of cells, and the images that they name."""
     digest = hashlib.blake2b(digest_size=16)
     for row, image in zip(rows, image_digests):
-        digest.update(",".join(row).encode() + b"\n" + image)
+        digest.update(",".join(map(str, row)).encode() + b"\n" + image)
     return digest.hexdigest()
 
 
@@ -98,6 +125,20 @@ def count_eval(num_images: int, eval_fraction: float) -> int:
 
 
 def split_id(info: dict) -> str:
-    """The id of a cut, 32 hex digits over what dataset.json says of it: two cuts share it when they are the same."""
+    """Return the id of a split, 32 hex digits over what dataset.json says of it: two that share it are the same."""
     what = [info[name] for name in ("classes", "channels", "image_size", "shards", "test")]
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+
+def check_split(info: dict, path: Path, digest: str, expected: str | None, remedy: str) -> None:
+    """Raise UserError, with the `remedy`, unless the table `path` and its images are of the split in dataset.json.
+
+    `info` is what describe_dataset returned, `digest` the table_digest of what was read, `expected` the one that
+    dataset.json has for it. A dataset without an id, of an older partition.py, is not checked.
+    """
+    if info["id"] is None:
+        return
+    if split_id(info) != info["id"]:
+        raise UserError(f"dataset.json, which describes {path}, is not as partition.py wrote it: {remedy}")
+    if digest != expected:
+        raise UserError(f"{path}: its ids, labels or images are of another split than dataset.json: {remedy}")

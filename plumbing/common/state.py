@@ -1,4 +1,4 @@
-"""A net's state, as arrays and as a file that describes itself."""
+"""Convert a net's state to arrays and to a file that describes itself, and back."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def get_arrays(model: nn.Module) -> list[np.ndarray]:
-    """Copies of the parameters and buffers of `model`: a list of numpy arrays, in the order of its state dict."""
+    """Return copies of the parameters and buffers of `model`: a list of arrays, in the order of its state dict."""
     return [tensor.detach().cpu().numpy().copy() for tensor in model.state_dict().values()]
 
 
 def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
-    """Put such a list into `model`, in place. Raises ValueError where number or shapes differ."""
+    """Put such a list into `model`, in place. Raises ValueError if its length or shapes differ."""
     state = model.state_dict()
     if len(arrays) != len(state):
         raise ValueError(f"{len(arrays)} arrays for a net of {len(state)}")
@@ -32,20 +32,20 @@ def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers training changes in `model`."""
+    """Return how many numbers training changes in `model`."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def float32_weights(model: nn.Module) -> list[bool]:
-    """Of each array of get_arrays whether it is a float32 parameter, and no buffer, such as the means of batch norm."""
+    """Return for each array of get_arrays whether it is a float32 parameter, rather than a buffer of batch norm."""
     parameters = {id(parameter) for parameter in model.parameters()}
     state = model.state_dict(keep_vars=True).values()
     return [id(tensor) in parameters and tensor.dtype == torch.float32 for tensor in state]
 
 
 def batch_norm_names(model: nn.Module) -> list[str]:
-    """The names in the state dict of `model` that belong to batch norm, parameters and buffers alike."""
-    modules = model.named_modules(remove_duplicate=False)  # as the state dict names one that stands twice
+    """Return the names in the state dict of `model` that belong to batch norm, both parameters and buffers."""
+    modules = model.named_modules(remove_duplicate=False)  # the state dict, too, has a shared module twice
     norms = [(f"{name}." if name else "", module) for name, module in modules if isinstance(module, _BatchNorm)]
     return [prefix + key for prefix, module in norms for key in module.state_dict()]
 
@@ -53,8 +53,8 @@ def batch_norm_names(model: nn.Module) -> list[str]:
 def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> None:
     """Write `model` to `path`, whole or not at all, as a dictionary that describes itself.
 
-    `about` gives what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None where absent.
-    Raises OSError when it cannot be written; the file that was there before is then still there.
+    `about` has what the net does not know: classes, dataset, round, metrics, wandb_run_id, args; None if absent.
+    Raises OSError if it cannot be written; the file that was there before is then still there.
     """
     checkpoint = {
         "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
@@ -68,9 +68,9 @@ def save_checkpoint(path: Path, model: nn.Module, about: dict | None = None) -> 
 
 
 def write_tensors(path: Path, value) -> None:
-    """Write what torch.save makes of `value` to `path`, whole or not at all. Raises OSError when it cannot be written.
+    """Write `value` to `path` by torch.save, whole or not at all. Raises OSError if it cannot be written.
 
-    It is made in memory: on a full disk torch's own writer raises a RuntimeError, for some sizes at its very end.
+    By way of memory: on a full disk torch's own writer raises a RuntimeError, for some sizes only when it is closed.
     """
     whole = io.BytesIO()
     torch.save(value, whole)
@@ -79,10 +79,10 @@ def write_tensors(path: Path, value) -> None:
 
 
 def read_saved(path: Path | str) -> dict:
-    """The dictionary that torch.save wrote to `path`, on the CPU, after a look at the checksums in the file.
+    """Read the dictionary that torch.save wrote to `path`, onto the CPU, after a check of the file's checksums.
 
-    Runs no code from the file. Raises ValueError, with the reason, for a file that is damaged or of another kind, and
-    OSError for one that cannot be read.
+    Runs no code from the file. Raises ValueError, with the reason, if the file is damaged or of another kind, and
+    OSError if it cannot be read.
     """
     data = Path(path).read_bytes()
     try:
@@ -90,7 +90,7 @@ def read_saved(path: Path | str) -> dict:
             if archive.testzip() is not None:
                 raise ValueError("its checksum is wrong")
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever zipfile and torch make of it
+    except Exception as error:  # zipfile and torch raise anything
         raise ValueError(f"it is damaged, or not of this suite: {printable(error)}") from error
     if not isinstance(saved, dict):
         raise ValueError(f"it is not of this suite: it holds a {type(saved).__name__}")

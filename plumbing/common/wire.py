@@ -1,9 +1,13 @@
-"""What stands for a net's parameters on the wire; for both of its ends, laptop/registry and device/connection.
+"""How a net's parameters travel between server and device.
 
-A device that holds a model already, as the averaged one that it has just evaluated, is sent its name alone when it is
-to train from it. And --compress shrinks the float32 parameters, not the buffers, to differences of 16 bits (fp16) or 8
-bits (int8): a device's to the model that it was sent, the server's to the model before. What a difference is too coarse
-for goes with the next one.
+Parameters.tensor_type   "<compress> <name of the model>" to a device, "<compress>" back; else "numpy.ndarray"
+Parameters.tensors       empty if the device holds that model; else an .npy or a difference per array
+difference               mark (4 bytes), ndim (uint8), shape (uint32 each), scale (float32), values (mark's type)
+                         little-endian; array = base + scale · values
+
+A device that holds a model, such as the averaged one that it has just evaluated, is sent its name alone. --compress
+sends the float32 parameters, not the buffers, as differences of 16 bits (fp16) or 8 bits (int8): a device's to the
+model that it was sent, the server's to its model before. The rounding error is added to the next difference.
 """
 
 from __future__ import annotations
@@ -17,12 +21,9 @@ from collections.abc import Callable
 import numpy as np
 from flwr.common import Parameters
 
-WIRE = 2  # what a client says in the handshake that can do what is described here; others get Flower's plain arrays
-# To it tensor_type is "<compress> <name of the model>", and there are no tensors where it holds that model. A tensor is
-# an .npy or, where it was shrunk, a mark, the number of dimensions (uint8), these (uint32), a scale (float32), and the
-# difference divided by the scale, in the mark's type. All numbers are little-endian.
+WIRE = 2  # what a client that reads this format says in the handshake; others get Flower's plain arrays
 COMPRESS = ("off", "fp16", "int8")
-SHRUNK = {"fp16": ("<f2", 2**15), "int8": ("i1", 127)}  # by mark: the type, and what the greatest difference becomes
+SHRUNK = {"fp16": ("<f2", 2**15), "int8": ("i1", 127)}  # mark: its type, and what the largest difference becomes
 
 
 def write_npy(array: np.ndarray) -> bytes:
@@ -36,7 +37,7 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
-    """A float32 .npy as its difference to `base`, shrunk by `mark`; as it is where there is no finite difference."""
+    """Return a float32 .npy as its difference to `base`; as it is if the difference is not finite."""
     dtype, greatest = SHRUNK[mark]
     with np.errstate(over="ignore", invalid="ignore"):
         change = read_npy(data) - read_npy(base)
@@ -50,7 +51,7 @@ def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
 
 
 def restore(data: bytes, base: bytes | None = None) -> bytes:
-    """The .npy that a tensor stands for; `base` is the one that a difference is to. Raises ValueError for nonsense."""
+    """Return the .npy that a tensor stands for; `base` is what a difference is to. Raises ValueError for nonsense."""
     mark = data[:4].decode("latin-1")
     if mark not in SHRUNK:
         return data
@@ -70,17 +71,17 @@ def restore(data: bytes, base: bytes | None = None) -> bytes:
 
 
 def restore_all(tensors, bases):
-    """All tensors of a message; `bases` has the arrays that differences are to, in the same order, or is None."""
+    """Restore all tensors of a message; `bases` has what differences are to, in the same order, or is None."""
     bases = (bases or []) + [None] * len(tensors)
     return [restore(data, base) for data, base in zip(tensors, bases)]
 
 
 class Model:
-    """A model as devices get it: `tensors` is what they then hold (.npy)."""
+    """A model as devices get it: `tensors` is what they hold then (.npy)."""
 
     def __init__(self, tensors, before=None, differences=None):
         self.tensors = tensors
-        self.before, self.differences = before, differences  # what stands for it to those that hold the Model `before`
+        self.before, self.differences = before, differences  # these are sent to devices that hold the Model `before`
         digest = hashlib.sha256()
         for data in tensors:
             digest.update(data)
@@ -88,18 +89,19 @@ class Model:
 
 
 class Sender:
-    """The server's end, one for all devices: what each is sent for the parameters that all are to get.
+    """The server's end, for all devices.
 
-    `learned` says of each array whether `compress` is for it (state.float32_weights).
+    compress: one of COMPRESS.
+    weights: for each array whether it is compressed (state.float32_weights).
     """
 
-    def __init__(self, compress: str = "off", learned: list[bool] | None = None):
-        self.compress, self.learned = compress, learned
+    def __init__(self, compress: str = "off", weights: list[bool] | None = None):
+        self.compress, self.weights = compress, weights
         self.lock = threading.Lock()  # the questions to all devices begin at the same time
         self.parameters, self.model = None, None  # the newest
 
     def model_of(self, parameters: Parameters) -> Model:
-        """The Model that stands for `parameters`, made once for all devices."""
+        """Return the Model for `parameters`, made once for all devices."""
         with self.lock:
             if self.model is None or parameters.tensors != self.parameters.tensors:
                 self.parameters, self.model = parameters, self._make(parameters.tensors, self.model)
@@ -108,13 +110,13 @@ class Sender:
     def _make(self, tensors, before):
         if self.compress == "off" or before is None:
             return Model(tensors)
-        triples = zip(tensors, before.tensors, self.learned)
-        differences = [to_difference(data, base, self.compress) if learned else data for data, base, learned in triples]
-        before.before = None  # or no model would ever be forgotten
+        triples = zip(tensors, before.tensors, self.weights)
+        differences = [to_difference(data, base, self.compress) if weight else data for data, base, weight in triples]
+        before.before = None  # or all models would be kept
         return Model(restore_all(differences, before.tensors), before, differences)
 
     def pack(self, model: Model, held: Model | None) -> Parameters:
-        """What to send of `model` to a device that holds the Model `held`, or None."""
+        """Return what to send of `model` to a device that holds the Model `held` (None: none)."""
         tensors = model.tensors
         if held is not None and held.name == model.name:
             tensors = []
@@ -124,19 +126,19 @@ class Sender:
 
 
 class Holder:
-    """A device's end of one connection: the model that it was sent last, and what differences were too coarse for.
+    """A device's end of one connection: holds the model that it was sent last, and the rounding errors.
 
-    `learned` is called for state.float32_weights of the net that is trained.
+    weights: returns state.float32_weights of the net that is trained.
     """
 
-    def __init__(self, learned: Callable[[], list[bool]]):
-        self.learned = learned
+    def __init__(self, weights: Callable[[], list[bool]]):
+        self.weights = weights
         self.compress, self.name, self.tensors, self.rests = "off", None, None, None
 
     def unpack(self, parameters: Parameters) -> Parameters:
-        """What the server sent, as Flower's plain arrays. Raises ValueError for nonsense."""
+        """Return what the server sent as Flower's plain arrays. Raises ValueError for nonsense."""
         self.compress, _, name = parameters.tensor_type.partition(" ")
-        if not name:  # from a server that knows nothing of this module
+        if not name:  # from a server without this format
             return parameters
         if parameters.tensors:
             self.name, self.tensors = name, restore_all(parameters.tensors, self.tensors)
@@ -145,16 +147,16 @@ class Holder:
         return Parameters(self.tensors, "numpy.ndarray")
 
     def pack(self, parameters: Parameters) -> Parameters:
-        """What to send back for `parameters`, Flower's plain arrays."""
+        """Return what to send back for `parameters`, which are Flower's plain arrays."""
         tensors = parameters.tensors
         if self.compress not in SHRUNK or len(tensors) != len(self.tensors):
             return parameters
-        pairs = enumerate(zip(tensors, self.learned()))
-        shrunk = [self._difference(index, data) if learned else data for index, (data, learned) in pairs]
+        pairs = enumerate(zip(tensors, self.weights()))
+        shrunk = [self._difference(index, data) if weight else data for index, (data, weight) in pairs]
         return Parameters(shrunk, self.compress)
 
     def _difference(self, index, data):
-        """The array as a difference, together with what the last rounds' differences were too coarse for."""
+        """Return the array, plus the rounding errors of the last rounds, as a difference."""
         self.rests = self.rests or [np.float32(0)] * len(self.tensors)
         whole, base = read_npy(data) + self.rests[index], self.tensors[index]
         sent = to_difference(write_npy(whole), base, self.compress)
