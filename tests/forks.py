@@ -21,8 +21,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
+import weakref
 
 # With what flwr and wandb import only when they are used: the public API of wandb alone takes a second.
 PACKAGES = (
@@ -121,7 +123,7 @@ def serve(control):
             if not message:
                 for pid, _ in running.values():
                     os.kill(pid, signal.SIGKILL)
-                os._exit(0)
+                sys.exit()
             signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)  # until the new process has its own handlers
             pid = os.fork()
             if pid == 0:
@@ -156,8 +158,11 @@ def run(argv, cwd, env):
     os.environ.update(env)
     sys.modules["numpy"].random.seed()  # Python seeds its own generator at a fork
     sys.modules["torch"].default_generator.seed()
-    # A temporary folder that wandb makes when it is imported: the first process to end would remove it for all.
-    sys.modules["wandb.sdk.data_types._private"].MEDIA_TMP.__init__("wandb-media")
+    for finalizer in list(weakref.finalize._registry):  # wandb makes folders when it is imported: each process its own
+        directory = finalizer.peek()[0]
+        if isinstance(directory, tempfile.TemporaryDirectory):
+            finalizer.detach()
+            directory.__init__()
     main = types.ModuleType("__main__")
     sys.orig_argv[1:], sys.modules["__main__"] = argv, main
     if argv[0] == "-c":

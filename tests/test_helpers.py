@@ -56,7 +56,9 @@ print(json.dumps([ours, sorted(map(str, signal.pthread_sigmask(0, []))), handler
     sys.orig_argv, sorted(os.environ.items()), os.getcwd(), len(os.listdir("/proc/self/fd")), gc.isenabled(),
     len(os.listdir("/proc/self/task")), threading.main_thread() is threading.current_thread(), os.getpgrp(),
     __name__]))
-print(json.dumps([random.random(), numpy.random.random(), torch.rand(1).item()]))
+from wandb.sdk.data_types._private import MEDIA_TMP
+assert os.listdir(MEDIA_TMP.name) == []
+print(json.dumps([random.random(), numpy.random.random(), torch.rand(1).item(), MEDIA_TMP.name]))
 """
 
 
@@ -67,7 +69,7 @@ def test_forked_process_starts_as_a_started_one(suite):
     assert [process.wait() for process in (started, *forked)] == [0, 0, 0], forked[0]
     state, chance = zip(*(map(json.loads, process.out.splitlines()) for process in (started, *forked)))
     assert state[0] == state[1] == state[2]
-    assert len({number for numbers in chance for number in numbers}) == 9
+    assert len({value for values in chance for value in values}) == 3 * 4
 
 
 def test_forked_processes_die_with_the_tests(tmp_path):
