@@ -182,7 +182,7 @@ def test_alerts_for_a_weak_power_supply_and_a_lost_device_come_once(shown):
 
 
 def test_a_device_that_holds_up_the_rounds_and_an_early_end_raise_alerts(tiny):
-    code = "script.LEAST_PATIENCE = 1"
+    code = "from plumbing.laptop import asking; asking.LEAST_PATIENCE = 1"
     laptop = start_patched(tiny, "server", code, "--num_clients", 2, "--num_rounds", 100_000)
     clients = [tiny.client(cid, "--dataset", "Tiny") for cid in range(2)]
     laptop.wait_for("round 5/", timeout=300)

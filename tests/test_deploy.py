@@ -39,18 +39,23 @@ def test_syntax(name):
 
 
 def test_what_is_copied_is_what_a_client_imports():
-    """Every module of the suite that client.py imports, and theirs, goes to the devices; no other does."""
-    listed = re.search(r"loop: \[(client\.py.*)\]", (ROOT / "deploy" / "deploy.yml").read_text())[1].split(", ")
+    """Every module of the suite that client.py imports, and theirs, goes to the devices; no other script does."""
+    playbook = (ROOT / "deploy" / "deploy.yml").read_text()
+    listed = re.search(r"scripts: \[(client\.py.*)\]", playbook)[1].split(", ")
+    folders = re.findall(r"suite ~ '/(plumbing[\w/]*)/\*\.py'", playbook)
     imported, left = set(), ["client.py"]
     while left:
         script = left.pop()
         imported.add(script)
         for node in ast.walk(ast.parse((ROOT / script).read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules = {f"{name}.py" for name in names if name and (ROOT / f"{name}.py").exists()}
-            left += modules - imported
-    assert {name for name in listed if name.endswith(".py")} == imported
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            modules = {f"{name.replace('.', '/')}.py" for name in names}
+            left += {module for module in modules if (ROOT / module).exists()} - imported
+    assert {name for name in listed if name.endswith(".py")} == {name for name in imported if "/" not in name}
+    assert folders == ["plumbing", "plumbing/common", "plumbing/device"]
+    assert {str(Path(name).parent) for name in imported if "/" in name} <= set(folders)
     assert all((ROOT / name).exists() for name in listed)
 
 

@@ -292,7 +292,7 @@ def test_16_bit_values_are_scaled_by_the_range_of_the_whole_set(make, tmp_path, 
     if high - low >= 600:
         assert len(np.unique(by_label["train"][0])) > 120  # not 3 levels
     assert (
-        capsys.readouterr().out.count(f"16 bits with values from {low} to {high} alone, which become 0 to 255: 8\n")
+        capsys.readouterr().out.count(f"16-bit images with values from {low} to {high} only, scaled to 0..255: 8\n")
         == 1
     )
 

@@ -327,7 +327,15 @@ def test_values_of_a_checkpoint_that_are_none_any_more_are_named_and_can_be_repl
 
 def prompt_client(suite):
     """A client that tries again every second."""
-    return start_patched(suite, "client", "script.MAX_DELAY = 1", "--num_threads", 1, "--cid", 0)
+    return start_patched(
+        suite,
+        "client",
+        "from plumbing.device import connection; connection.MAX_DELAY = 1",
+        "--num_threads",
+        1,
+        "--cid",
+        0,
+    )
 
 
 @pytest.mark.parametrize(

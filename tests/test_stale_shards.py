@@ -61,8 +61,8 @@ def test_client_with_an_old_bundle_is_turned_away_with_that_reason(waited):
 def test_bundle_of_another_cut_over_a_shard_is_found_at_the_start(suite, shapes_zip):
     """dataset.json is of the newest bundle, client_0.csv of the one before."""
     suite.partition(*CUT, "--source", shapes_zip, "--bundles")
-    device = suite.root / "device"
-    shutil.copytree(suite.root, device, ignore=shutil.ignore_patterns("device", "datasets"))
+    device = suite.root / "board"
+    shutil.copytree(suite.root, device, ignore=shutil.ignore_patterns("board", "datasets"))
     shutil.unpack_archive(suite.root / "datasets/Tiny/bundles/client_0.tar", device)
     suite.partition(*CUT, "--source", shapes_zip, "--bundles", "--seed", 1)
     shutil.unpack_archive(suite.root / "datasets/Tiny/bundles/client_1.tar", device)
