@@ -311,7 +311,7 @@ def test_set_of_8_and_16_bits_scales_the_16_alone(make, tmp_path, capsys):
     folder = make("Mixed", "--source", tmp_path / "mixed", "--num_clients", 2)
     assert info_of(folder)["levels"] == [1000, 2000]
     assert sum(np.array_equal(image, eight) for _, image in images(folder, "train")) == 2
-    assert "values from 1000 to 2000 alone, which become 0 to 255: 4\n" in capsys.readouterr().out
+    assert "values from 1000 to 2000 only, scaled to 0..255: 4\n" in capsys.readouterr().out
 
 
 def test_alpha_of_16_bits_is_put_on_the_white_of_the_scaled_image(make, tmp_path):
