@@ -242,7 +242,7 @@ def test_new_partition_is_all_that_is_copied(laptop, dev1, tmp_path):
     counts, tasks = recap(laptop.make("deploy", "ARGS=--tags data"))
     assert counts == dict.fromkeys(NAMES, 3)
     assert tasks == {"copy the bundle", "unpack the bundle", "restart the client that runs what was here before"}
-    assert dev1.ssh("ls /opt/fl-iot/datasets/Tiny/train | wc -l").strip() == "180"
+    assert dev1.ssh("sudo ls /opt/fl-iot/datasets/Tiny/train | wc -l").strip() == "180"
     assert recap(laptop.make("deploy"))[0] == dict.fromkeys(NAMES, 0)
 
 
