@@ -276,7 +276,7 @@ def client_fn(context):
     properties = {**describe_client(cid, dataset, id_), "process": id_, **machine}
     client = Client(task, device, ckps / f"client_{cid}.ptl", properties)
     if simulated:
-        client.save_ckp_path = None  # no device would use it, and it would be a thousand files per round
+        client.save_ckp_path = None  # of its files only the batch norm of --fedbn is needed again
     return client.to_client()
 
 

@@ -144,7 +144,7 @@ class Checked:
         """Aggregate the arrays of the clients: floats by Flower's strategy, all others, which count batches, by mean.
 
         Flower's strategies get float64, in which a mean of two large values does not overflow, and no integers: in
-        Krum's distances these would drown the weights.
+        Krum's distances these would drown the weights. For strategies that keep nothing from round to round.
         """
         self.adapt(len(results))
         mean = average([(res.num_examples, res.parameters) for _, res in results])

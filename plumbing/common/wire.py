@@ -1,6 +1,6 @@
 """How a net's parameters travel between server and device.
 
-Parameters.tensor_type   "<compress> <name of the model>" to a device, "<compress>" back; else "numpy.ndarray"
+Parameters.tensor_type   "<compress> <name of the model>" to a device; back, "<compress>", or "numpy.ndarray" if off
 Parameters.tensors       empty if the device holds that model; else an .npy or a difference per array
 difference               mark (4 bytes), ndim (uint8), shape (uint32 each), scale (float32), values (mark's type)
                          little-endian; array = base + scale · values
