@@ -351,6 +351,17 @@ def test_each_reader_is_asked_before_a_source_is_refused(make, tmp_path, monkeyp
     assert len(images(make("Set", "--source", source, "--num_clients", 2), "train")) == 4
 
 
+def test_an_error_of_a_reader_is_its_own(read, monkeypatch):
+    """And not taken for a source that is another reader's."""
+
+    def read_wrongly(archive, options):
+        return {}["layout"]
+
+    monkeypatch.setattr(sources, "READERS", (read_wrongly, *sources.READERS))
+    with pytest.raises(KeyError, match="layout"):
+        read(PLAIN, "zip")
+
+
 def test_names_of_files_cannot_command_the_terminal(read, make, capsys):
     files = {name.replace("ant", "a\x1b[2Jnt"): image for name, image in PLAIN.items()}
     read({**files, "train/bee/\x1b]0;x.txt": b"x"}, "zip")

@@ -3,6 +3,7 @@
 Ansible's own output is shown with VERBOSE=1, and otherwise for what failed alone.
 """
 
+import datetime
 import difflib
 import json
 import os
@@ -10,7 +11,6 @@ import re
 import ssl
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 from ansible import context
@@ -18,6 +18,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.callback import CallbackBase
 from ansible.plugins.callback.default import CallbackModule as AnsiblesOwn
 from ansible.template import Templar
+from cryptography import x509  # which Ansible needs, too
 
 DOCUMENTATION = """
     name: shelf
@@ -125,11 +126,11 @@ def check_file(name, path):
     if name == "root_certificate":
         try:
             ssl.create_default_context(cafile=path)
-            until = ssl._ssl._test_decode_cert(str(path))["notAfter"]
-        except (ssl.SSLError, KeyError):
+            until = x509.load_pem_x509_certificate(content).not_valid_after_utc
+        except (ssl.SSLError, ValueError):
             raise Problem(f"{name} {path} is not a certificate: it is to be the server's ca.pem") from None
-        if ssl.cert_time_to_seconds(until) < time.time():
-            raise Problem(f"{name} {path} has expired, on {until}")
+        if until < datetime.datetime.now(datetime.UTC):
+            raise Problem(f"{name} {path} has expired, on {until:%Y-%m-%d %H:%M} UTC")
 
 
 def check_shelf(devices, chosen, suite, with_data):

@@ -65,9 +65,7 @@ def decode_pil(image, encoded: bytes | None = None) -> np.ndarray:
         if "transparency" in image.info:
             opaque = np.where(pixels == image.info["transparency"], 0, 65535).astype(np.uint16)
             pixels = np.dstack([pixels] * 3 + [opaque])
-    elif encoded is not None and (
-        sixteen or image.format in ("JPEG2000", "PPM")
-    ):  # of which only OpenCV tells the bits
+    elif encoded is not None and (sixteen or image.format in ("JPEG2000", "PPM")):  # Pillow does not tell their bits
         pixels = sixteen_bits(encoded, pixels, sixteen)
     if encoded is not None and image.format == "JPEG2000" and pixels.shape[2:] == (4,) and b"cdef" not in encoded:
         raise ValueError("a JPEG 2000 with four channels that does not say what the fourth is")

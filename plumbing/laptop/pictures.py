@@ -19,13 +19,13 @@ STYLES = {"fit": "C0-", "eval": "C1--", "global_eval": "C2-.", "test": "C3:"}
 
 
 def plain(text, limit: int = 120) -> str:
-    """A text as matplotlib has to be given it: dollars make a formula, and a label that begins with "_" is left out."""
+    """Return a text for matplotlib, to which dollars are a formula, and a label that begins with "_" is hidden."""
     return re.sub("^_", " _", printable(text, limit)).replace("$", r"\$")
 
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, title: str):
-    """A figure of matplotlib, of so many inches, to draw on; it becomes the PNG `path` when the block ends."""
+    """Give a figure of matplotlib, in inches, to draw on. It becomes the PNG `path` when the block ends."""
     from matplotlib.figure import Figure  # half a second that nothing else needs
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -37,7 +37,7 @@ def picture(path: Path, width: float, height: float, title: str):
 
 
 def try_to_draw(draw: Callable, *args) -> None:
-    """Call `draw(*args)`, which draws a picture; where it fails, only say so: no run ends for a picture."""
+    """Call `draw(*args)`, which draws a picture. If it fails, only print that: no run ends because of a picture."""
     try:
         draw(*args)
     except Exception as error:
@@ -45,7 +45,7 @@ def try_to_draw(draw: Callable, *args) -> None:
 
 
 def best_row(rows):
-    """The row of history.csv with the best test accuracy, or None where none was measured."""
+    """Return the row of history.csv with the best test accuracy, or None if none was measured."""
     tested = [row for row in rows if not math.isnan(row["test_accuracy"])]
     return max(tested, key=lambda row: row["test_accuracy"], default=None)
 

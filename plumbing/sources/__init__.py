@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plumbing.common.process import UserError
-from plumbing.sources.archives import UNREADABLE, Archive, file_md5
+from plumbing.sources.archives import Archive, NotAnArchive, file_md5
 from plumbing.sources.cifar import read_cifar
 from plumbing.sources.folders import read_folders
 from plumbing.sources.idx import read_idx
@@ -17,8 +17,9 @@ from plumbing.sources.official import OFFICIAL, find_official
 from plumbing.sources.shapes import draw_shapes
 from plumbing.sources.source import Options, Source
 
-# Asked in this order, until one returns a Source: a reader that returns None or cannot list the files leaves it to the
-# next. Put a new one before the last, which reads any folder, zip or tar, or says what is wrong with it.
+# Asked in this order, until one returns a Source: a reader that returns None, or in which Archive.files raises
+# NotAnArchive, leaves it to the next. Put a new one before the last, which reads any folder, zip or tar, or says what
+# is wrong with it.
 READERS = (read_cifar, read_idx, read_folders)
 
 
@@ -46,8 +47,8 @@ def open_source(path: Path | None, options: Options, datasets: Path) -> Source:
     for reader in READERS:
         try:
             source = reader(archive, options)
-        except UNREADABLE as error:  # damaged, or neither a folder nor an archive, which the next reader may not need
-            reason = reason or error
+        except NotAnArchive as error:
+            reason = error
             continue
         if source:
             source.name, source.checksum = str(path.absolute()), checksum

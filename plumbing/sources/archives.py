@@ -24,6 +24,10 @@ UNREADABLE += (lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
 HIDDEN = re.compile(r"\..*|__MACOSX|@eaDir|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # left behind by operating systems
 
 
+class NotAnArchive(Exception):
+    """A path is no folder, zip or tar, or its files cannot be listed."""
+
+
 class Archive:
     """A folder, zip or tar."""
 
@@ -35,7 +39,13 @@ class Archive:
 
     @cached_property
     def files(self) -> dict:
-        """{name with forward slashes: function that opens it}. Raises UNREADABLE, or UserError for an encrypted zip."""
+        """{name with forward slashes: function that opens it}. Raises NotAnArchive; UserError for an encrypted zip."""
+        try:
+            return self._list()
+        except UNREADABLE as error:
+            raise NotAnArchive(str(error)) from error
+
+    def _list(self):
         if self.path.is_dir():
             return dict(list_folder(self.path))
         if zipfile.is_zipfile(self.path) and not tarfile.is_tarfile(self.path):  # a tar can end with a zip

@@ -71,12 +71,12 @@ def load_batches(archive):
     for name, opened in archive.files.items():
         name = name.rpartition("/")[2]
         if name in layout_of:
-            with opened() as file:
-                if layout_of[name] == "CIFAR-100" and file.peek(1)[:1] != b"\x80":
-                    continue  # not a pickle: "train", "test" and "meta" are common names
-                try:
+            try:
+                with opened() as file:
+                    if layout_of[name] == "CIFAR-100" and file.peek(1)[:1] != b"\x80":
+                        continue  # not a pickle: "train", "test" and "meta" are common names
                     batch = PlainUnpickler(file, encoding="bytes").load()
-                except Exception as error:  # unpickling damaged bytes can raise anything
-                    raise UserError(f"{archive}: {name} is damaged, or not {layout_of[name]}: {error}") from None
+            except Exception as error:  # reading and unpickling damaged bytes can raise anything
+                raise UserError(f"{archive}: {name} is damaged, or not {layout_of[name]}: {error}") from None
             batches.setdefault(layout_of[name], {})[name] = batch
     return batches

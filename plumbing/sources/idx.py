@@ -81,15 +81,16 @@ def find_files(archive):
             continue
         file_name = name.rpartition("/")[2].lower()
         mapping, match = MAPPING.fullmatch(file_name), NAME.search(file_name)
-        if mapping:
-            with opened() as file:
-                mappings[mapping[1]] = file.read()
-        if not match:
+        if not (mapping or match):
             continue
-        key = split, kind = "train" if match[1] == "train" else "test", match[2][:6]
         try:
             with opened() as file:
-                array = parse_idx(file.read(), TYPES[kind])
+                content = file.read()
+            if mapping:
+                mappings[mapping[1]] = content
+                continue
+            key = split, kind = "train" if match[1] == "train" else "test", match[2][:6]
+            array = parse_idx(content, TYPES[kind])
         except UNREADABLE as error:
             raise UserError(f"{archive}: {name} cannot be read: {error}") from None
         if array.ndim == 2:  # QMNIST's rows about an image begin with its label
