@@ -17,7 +17,10 @@ sys.path.insert(0, str(ROOT))
 import partition  # noqa: E402 (the suite's own modules lie beside the tests' folder)
 
 # With several workers, each of which takes file after file, the long ones come first.
-LONG = "test_faults", "test_record", "test_wandb", "test_skew", "test_handshake", "test_silent_cut", "test_setup_device"
+LONG = (
+    *("test_rounds", "test_record", "test_wandb_run", "test_flags", "test_asking", "test_connection"),
+    *("test_own_batch_norm", "test_setup_device"),
+)
 
 
 def pytest_collection_modifyitems(items):

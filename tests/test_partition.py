@@ -240,7 +240,7 @@ def test_dataset_json_says_where_the_data_came_from_and_how_it_was_cut(make, sha
     folder = make("Tiny", "--source", shapes_zip, "--num_clients", 3, "--eval_fraction", 0.25, "--seed", 7)
     info = json.loads((folder / "dataset.json").read_text())
     assert hashlib.md5(shapes_zip.read_bytes()).hexdigest() in info.pop("checksum")
-    digests = [info.pop("id"), info.pop("test"), *info.pop("shards")]  # tests/test_cut.py has more on them
+    digests = [info.pop("id"), info.pop("test"), *info.pop("shards")]  # tests/test_split.py has more on them
     assert len(set(digests)) == 5 and all(re.fullmatch("[0-9a-f]{32}", digest) for digest in digests)
     pixels = np.stack([image for _, image in images(folder, "train")]) / 255
     assert info == {

@@ -274,3 +274,12 @@ def test_rule_names_what_breaks_it(tmp_path, rule, tree, expected):
         (tmp_path / path).write_text(source)
     found = [text for text in rule(read_files(tmp_path)) if text.split(":")[0] in tree]
     assert found and found[0].startswith(expected), found
+
+
+def test_files_of_tests_are_named_after_what_they_test():
+    modules = {module_name(path).rpartition(".")[2] for path in read_files(ROOT)}
+    others = {"sources", "structure", "helpers"} | {path.stem.lower() for path in ROOT.glob("*.md")}
+    others |= {path.stem for folder in ("deploy", "docs") for path in (ROOT / folder).iterdir()}
+    others |= {path.name for path in ROOT.iterdir() if path.is_dir()}
+    names = {path.stem[len("test_") :] for path in ROOT.glob("tests/test_*.py")}
+    assert not names - modules - others

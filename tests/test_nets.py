@@ -1,4 +1,4 @@
-"""A net of one's own, as the README shows it, on shards whose last batch is of one image."""
+"""Nets: one of the user's own, as the README shows it, and GroupNet."""
 
 import re
 import shutil
@@ -136,3 +136,50 @@ def test_net_that_cannot_be_used_is_refused_with_the_reason(net, reason, monkeyp
     monkeypatch.setitem(nets.NETS, "Own", net)
     with pytest.raises(UserError, match=f"^net Own .*{reason}"):
         compare.trial(nets.build_net("Own", 3, 5))
+
+
+@pytest.mark.parametrize("channels, num_classes", [(3, 10), (1, 10), (3, 100)])
+def test_group_net_is_small_without_batch_norm_and_each_image_for_itself(channels, num_classes):
+    torch.manual_seed(0)
+    net = nets.GroupNet(channels, num_classes)
+    assert sum(parameter.numel() for parameter in nets.GroupNet(3, 10).parameters()) <= 300_000
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in net.modules())
+    images = torch.rand(5, channels, 32, 32)
+    together = net.train()(images)
+    assert together.shape == (5, num_classes)
+    alone = torch.cat([net.eval()(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_group_net_is_told_from_its_like_by_the_handshake(channels):
+    def other():
+        net = nets.GroupNet(channels, 10)
+        next(module for module in net.modules() if isinstance(module, torch.nn.GroupNorm)).num_groups //= 2
+        return net
+
+    assert (
+        compare.fingerprint(nets.GroupNet(channels, 10))
+        == compare.fingerprint(other())
+        != compare.fingerprint(nets.LeNet5(channels, 10))
+    )
+    assert np.isfinite(compare.trial(nets.GroupNet(channels, 10))[:, 1:]).all()  # nor is anything in it random
+    one = compare.trial(nets.GroupNet(channels, 10))
+    assert compare.same_trial(one, compare.trial(nets.GroupNet(channels, 10)))
+    assert not compare.same_trial(one, compare.trial(other()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_input_is_normalised_by_what_the_data_set_says(channels):
+    images, mean, std = torch.rand(7, channels, 32, 32), [0.5, 0.25, 0.0][:channels], [0.25, 0.5, 0.0][:channels]
+    net = nets.GroupNet(channels, 10)
+    usual = net(images)
+    nets.normalise_input(net, None, None)  # an old data set
+    assert net(images).equal(usual)
+    nets.normalise_input(net, mean, std)
+    found = dict(net.named_buffers())
+    assert found["input_mean"].shape == found["input_std"].shape == (1, channels, 1, 1)
+    assert found["input_mean"].dtype == found["input_std"].dtype == torch.float32
+    assert found["input_mean"].flatten().tolist() == mean
+    assert net(images).isfinite().all()  # also where all images are of one colour
+    nets.normalise_input(nets.LeNet5(channels, 10), mean, std)  # which has no such buffers

@@ -37,8 +37,8 @@ from helpers import (
     wandb_folders,
     wandb_records,
 )
-from test_telemetry import FAKE_SENSORS
-from test_wandb import ON_TERMINAL
+from test_machine import FAKE_SENSORS
+from test_wandb_run import ON_TERMINAL
 
 import server
 
