@@ -39,6 +39,8 @@ TOOLS = Path(sys.executable).parent  # where flwr and flower-superlink are
 MARK = f"FL_IOT_SIMULATION={os.getpid()}"  # in the environment of all that is started here, and so of what that starts
 NOISE = re.compile(r"\x1b\[|Successfully installed|Using SuperLink|$")  # Flower's lines between ours
 AS_BEFORE = ("fit", "partition", "sizes", "alpha", "eval_fraction", "test_fraction", "seed")  # in a new split
+STARTS = 3  # Flower gives a run up that has not started within 30 s, as happens on a busy machine
+NOT_STARTED = "No heartbeat received"
 PATIENCE = 10  # seconds that Flower and Ray have to end by themselves
 # For 2 cores as for 32: one thread a client, as many clients at a time as there are cores. Nothing phones home.
 QUIET = {
@@ -149,12 +151,13 @@ def start_superlink(home, env):
 
 
 def follow(run_id, env, verbose):
-    """Show the lines of the run until it ends, ours alone unless it is to be `verbose`."""
+    """Show the lines of the run until it ends, only ours unless `verbose`. Returns its entry in Flower's list."""
     command = [TOOLS / "flwr", "log", run_id, "simulation", "--stream"]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as log:
         for line in log.stdout:
             if verbose or not NOISE.match(line):
                 say(line.rstrip(), sys.stderr if line.startswith("server.py:") else None)
+    return flwr(env, "list", "simulation", "--run-id", run_id)["runs"][0]
 
 
 def main():
@@ -172,10 +175,11 @@ def main():
         (home / "run.toml").write_text("".join(f"{name} = {json.dumps(settings[name])}\n" for name in settings))
         machine = f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={os.cpu_count()} "
         machine += "init-args-log-to-driver=false init-args-logging-level='ERROR'"
-        run = ["run", ROOT, "simulation", "--run-config", home / "run.toml", "--federation-config", machine]
-        run_id = flwr(env, *run)["run-id"]
-        follow(run_id, env, args.verbose)
-        (run,) = flwr(env, "list", "simulation", "--run-id", run_id)["runs"]
+        command = ["run", ROOT, "simulation", "--run-config", home / "run.toml", "--federation-config", machine]
+        for _ in range(STARTS):
+            run = follow(flwr(env, *command)["run-id"], env, args.verbose)
+            if run["running-at"] != "N/A" or NOT_STARTED not in run["status-details"]:
+                break
     finally:
         end_all()
         shutil.rmtree(home, ignore_errors=True)

@@ -1,6 +1,7 @@
 """deploy/simulate.py for real, with Ray: the same history as by the scripts, --resume to and fro, Ctrl-C, mistakes."""
 
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -66,7 +67,29 @@ def test_ctrl_c_leaves_nothing_behind(app):
     assert len(history(app)) >= 2
 
 
-def test_another_number_of_clients_is_cut_as_the_first_was(app, tmp_path):
+def test_run_that_flower_gives_up_before_it_has_started_is_started_again(app):
+    run = simulate(app, "--num_rounds", 1)
+    frozen = []
+
+    def freeze():
+        frozen[:] = [
+            process
+            for process in psutil.Process(run.popen.pid).children(recursive=True)
+            if any("flwr-simulation" in word for word in process.cmdline())
+        ]
+        for process in frozen:
+            process.suspend()
+        return frozen
+
+    wait_until("Flower starts the simulation", freeze, 60)
+    time.sleep(32)  # Flower waits 30 s
+    for process in frozen:
+        process.resume()
+    assert run.wait(180) == 0 and len(lines(run, "round 1/1  fit_loss")) == 1, run
+    assert list(history(app)["round"]) == [1]
+
+
+def test_another_number_of_clients_is_split_as_the_first_was(app, tmp_path):
     source = tmp_path / "images"  # without a test set of its own
     for number in range(60):
         (source / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
