@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the workers share the cores
 pytest.register_assert_rewrite("helpers")
 
 from helpers import ROOT, SHARED, Process, Suite, heed_signals, write_images  # noqa: E402

@@ -25,16 +25,6 @@ from data import BatchLoader, ImageDataset
 from engines import client_fit_fn, server_test_fn
 from nets import LeNet5
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So that the order of every sum is the same, and a busy machine is no matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # ImageDataset and BatchLoader.
 

@@ -20,15 +20,6 @@ from nets import LeNet5
 NORM = re.compile(r"layer[12]\.1\.")  # what belongs to batch norm in LeNet5's state dict
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As a child of a fork must have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Shard:
     def __init__(self, seed):
         generator = torch.Generator().manual_seed(seed)
