@@ -1,4 +1,4 @@
-"""Write what was measured into README.md, benchmarks/README.md and docs/scale.md, between their markers; draw pictures.
+"""Write what was measured into the README, docs/ and benchmarks/README.md, between their markers; draw pictures.
 
     python benchmarks/report.py
 
@@ -15,11 +15,12 @@ import pandas as pd
 from common import HERE
 from helpers import ROOT
 
+DOCS = ROOT / "docs"
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
-NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
+NEWCOMERS = (  # the rows that docs/performance.md has: how the name and the reference of each begin
     ("epoch of", "bare loop"),
     ("whole round", "slowest fit + slowest evaluate"),
     ("round with 10 clients on 20 Mbit/s, fp16: waiting", "whole models"),
@@ -74,6 +75,16 @@ def figure_in_short():
     )
 
 
+def rounds_in_short():
+    history, _ = read_figure()
+    wire, seconds = read("results.json")["wire"]["ways"]["off"], history["round_seconds"]
+    return (
+        f"Ten clients with 4,000 training images each, on one machine with 2 cores: {seconds.median():.1f} s per round "
+        f"(median), {seconds.sum() / 60:.1f} minutes for {len(history)} rounds. Each client receives "
+        f"{wire['down'] / 1e6:.2f} MB and sends {wire['up'] / 1e6:.2f} MB per round. Boards are slower."
+    )
+
+
 def draw_figure(path):
     """The curves of figure.csv, as server.py draws them."""
     sys.path.append(str(ROOT))
@@ -112,9 +123,10 @@ def soak():
 def soak_in_short():
     _, faulty, _, injected, survived, gap = read_soak()
     return (
-        f"`make soak` trains 10 clients for {faulty['rounds']} rounds while clients and the server are killed and "
-        f"frozen: {survived} of {injected} faults survived, {faulty['rows_lost']} rows of the history lost, "
-        f"{gap:.1f} points of accuracy from a run without faults ([more](benchmarks/README.md#under-faults))."
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds, and kills and freezes clients and the server: "
+        f"{survived} of {injected} faults were survived, {faulty['rows_lost']} rows of the history were lost, and the "
+        f"test accuracy is within {gap:.1f} points of a run without faults "
+        "([more](../benchmarks/README.md#under-faults))."
     )
 
 
@@ -258,10 +270,23 @@ def bench_in_short():
     chosen = [find(rows, *start) for start in NEWCOMERS]
     shortened = table(["what", "ours", "reference", "ratio"], [cells(row) for row in chosen])
     return (
-        "Each figure beside its reference, measured in alternating pairs in the same run; medians, of the ratio the "
-        f"least and greatest too:\n\n{shortened}\n\n"
+        "Medians, measured in alternating pairs; for the ratio also the least and the greatest:\n\n"
+        f"{shortened}\n\n"
         f"These and {len(rows) - len(chosen)} more rows, the machine and the goals are in "
-        "[benchmarks/README.md](benchmarks/README.md#speed-and-memory); `make bench` measures all of them anew."
+        "[benchmarks/README.md](../benchmarks/README.md#speed-and-memory). `make bench` measures all of them again."
+    )
+
+
+def wire_in_short():
+    wire = read("results.json")["wire"]
+    rows = [
+        [f"`--compress {way}`" if way in ("off", "fp16", "int8") else way, f"{down:,.0f}", f"{up:,.0f}"]
+        for way, (down, up) in {way: each.values() for way, each in wire["ways"].items()}.items()
+    ]
+    return (
+        f"Bytes of TCP per client and round for LeNet5, whose parameters are {wire['parameters']:,} bytes "
+        f"([more](../benchmarks/README.md#speed-and-memory)):\n\n"
+        f"{table(['what is sent', 'to the device', 'from the device'], rows)}"
     )
 
 
@@ -329,10 +354,10 @@ def frontier_in_short():
     curves, steps = read_curves(), read("frontier.json")["steps"]
     (lenet5, *_), augmented = curves.values(), curves["GroupNet, augmented"]
     return (
-        f"After the same 100 rounds with 10 clients its test accuracy on CIFAR-10 is {augmented[100]:.2f}, LeNet5's "
-        f"{lenet5[100]:.2f}, for {steps['GroupNet, augmented']['ratio']:.1f} times the time a step and "
+        f"After 100 rounds with 10 clients on CIFAR-10, GroupNet's test accuracy is {augmented[100]:.2f}, LeNet5's "
+        f"{lenet5[100]:.2f}. A step takes {steps['GroupNet, augmented']['ratio']:.1f} times as long, and it has "
         f"{steps['GroupNet, augmented']['parameters']:,} parameters instead of {steps['LeNet5']['parameters']:,} "
-        "([more](benchmarks/README.md#nets))."
+        "([more](../benchmarks/README.md#nets))."
     )
 
 
@@ -388,8 +413,8 @@ def skew_in_short():
         cells = [figures[name, alpha, "test_accuracy"] for alpha in alphas]
         rows.append([name, *(f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)])
     return (
-        "Test accuracy after 40 rounds with 10 clients of 1,000 images of CIFAR-10, means of 3 seeds, least and "
-        "greatest in brackets ([more](benchmarks/README.md#skew)):\n\n"
+        "Test accuracy on CIFAR-10 after 40 rounds with 10 clients of 1,000 images each; mean of 3 seeds, in brackets "
+        "the least and the greatest ([more](../benchmarks/README.md#skew)):\n\n"
         f"{table(['method', *(f'Dirichlet, alpha {alpha}' for alpha in alphas)], rows)}"
     )
 
@@ -516,13 +541,11 @@ def draw_growth(path):
 # The pages: what stands between the markers of each.
 
 PAGES = {
-    ROOT / "README.md": {
-        "figure": figure_in_short,
-        "frontier": frontier_in_short,
-        "skew": skew_in_short,
-        "soak": soak_in_short,
-        "bench": bench_in_short,
-    },
+    ROOT / "README.md": {"figure": figure_in_short, "rounds": rounds_in_short},
+    DOCS / "strategies.md": {"frontier": frontier_in_short, "skew": skew_in_short},
+    DOCS / "network.md": {"wire": wire_in_short},
+    DOCS / "faults.md": {"soak": soak_in_short},
+    DOCS / "performance.md": {"bench": bench_in_short},
     HERE / "README.md": {
         "figure": figure,
         "frontier": frontier,
@@ -532,12 +555,12 @@ PAGES = {
         "growth": growth,
         "bench": bench,
     },
-    ROOT / "docs" / "scale.md": {"ways": ways, "aggregation": aggregation},
+    DOCS / "scale.md": {"ways": ways, "aggregation": aggregation},
 }
 
 
 def render(text, page=ROOT / "README.md"):
-    """The `text` of one of PAGES with all sections between markers written anew."""
+    """The `text` of one of PAGES with all sections between markers written again."""
     for name, section in PAGES[page].items():
         text, count = re.subn(
             f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
