@@ -56,12 +56,12 @@ def figure():
     history, best = read_figure()
     rows = [[current, *(f"{history[name][current]:.3f}" for name in SHOWN)] for current in (1, 10, 20, 50, 100)]
     return (
-        "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch a round, Adam 1e-3, "
-        f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding, the server and the clients eleven "
-        "processes on one machine with 2 cores, one thread each:\n\n"
+        "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch per round, Adam 1e-3, "
+        f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding. The server and the clients are "
+        "eleven processes on one machine with 2 cores, one thread each:\n\n"
         f"{table(['round', *SHOWN], rows)}\n\n"
         f"The test accuracy is at its best in round {best}: {history['test_accuracy'][best]:.3f}. The run took "
-        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `figure.csv`. It was made with\n\n"
+        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `figure.csv`. The commands:\n\n"
         f"{FIGURE_COMMANDS}"
     )
 
@@ -111,11 +111,11 @@ def soak():
     about, faulty, clean, _, _, gap = read_soak()
     rows = [[kind, counts["injected"], counts["survived"]] for kind, counts in faulty["faults"].items()]
     return (
-        f"`make soak` trains 10 clients for {faulty['rounds']} rounds under a hail of faults, and without any:\n\n"
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds with many faults, and once without any:\n\n"
         f"{table(['fault', 'injected', 'survived'], rows)}\n\n"
-        f"Rows of the history lost: {faulty['rows_lost']}; double: {faulty['rows_double']}; processes left at the end: "
-        f"{faulty['processes_left']}. Rounds that a killed server had not saved yet and ran again: "
-        f"{faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
+        f"Rows of the history that were lost: {faulty['rows_lost']}; that are there twice: {faulty['rows_double']}; "
+        f"processes left at the end: {faulty['processes_left']}. Rounds that a killed server had not saved and ran "
+        f"again: {faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
         f"{clean['test_accuracy']:.3f}, a difference of {gap:.1f} points. ({machine(about)}.)"
     )
 
@@ -176,26 +176,26 @@ def bench():
 
     saving, reading_too = (find(rows, "partition.py, ", against)["reference"] for against in ("np.save", "reading"))
     return (
-        "`make bench` measures each figure beside its reference in the same run on the same work, in alternating "
-        "pairs. Medians; of the ratio the least and greatest too:\n\n"
+        "`make bench` measures each figure and its reference in the same run on the same work, in alternating pairs. "
+        "The table has medians, and for the ratio also the least and the greatest:\n\n"
         f"{table(header, [[row['bench'], *cells(row), row['n'], goal_of(row)] for row in rows])}\n\n"
-        f"One torch thread; data: {about['data']}. Measured on\n\n{machines}\n\n"
+        f"One torch thread; data: {about['data']}. The machines:\n\n{machines}\n\n"
         "![The ratios, their spread and their goals](results.png)\n\n"
-        f"`partition.py` writes {speed['ours']:,.0f} images a second.\n\n"
-        f"Where the rest goes: a whole round takes {ratio('whole round', 'its slowest fit')} times its slowest fit, "
-        "for then the devices measure the averaged model on their eval images, which is what `global_eval_*` needs; it "
-        f"takes {ratio('whole round', 'slowest fit +')} times both together. Partitioning takes "
-        f"{ratio('partition.py, ', 'np.save')} times as long as saving alone, for the archive has to be decompressed "
-        f"and read, which by itself takes {(reading_too - saving) / saving:.2f} times as long; it takes "
-        f"{ratio('partition.py, ', 'reading')} times reading and saving.\n\n"
+        f"`partition.py` writes {speed['ours']:,.0f} images per second.\n\n"
+        f"A whole round takes {ratio('whole round', 'its slowest fit')} times as long as its slowest fit, because the "
+        "devices then evaluate the averaged model on their eval images (`global_eval_*`). It takes "
+        f"{ratio('whole round', 'slowest fit +')} times as long as both together. `partition.py` takes "
+        f"{ratio('partition.py, ', 'np.save')} times as long as saving the images, because it first decompresses and "
+        f"reads the archive, which takes {(reading_too - saving) / saving:.2f} times as long as saving. It takes "
+        f"{ratio('partition.py, ', 'reading')} times as long as reading and saving together.\n\n"
         f"{wire_in_bytes(wire)}\n\n"
         f"{step_profile(about['step_profile'])}\n\n"
         f"{client_memory(about['client_memory'])}\n\n"
-        "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
-        "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
-        "work): it starts a new process for each message.\n\n"
-        "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
-        "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
+        "Flower's own embedded-devices example, on its deployment engine, took 9.28 s per round, of which 1.81 s were "
+        "training, and 770 MB of memory at its peak (2 clients with 4,000 images each; measured separately). It starts "
+        "a new process for each message.\n\n"
+        "On CUDA the shard stays in the GPU's memory, and results are read back once per epoch. "
+        "That is untested: no GPU was available, nor was a Jetson or a Raspberry Pi."
     )
 
 
@@ -206,19 +206,19 @@ def wire_in_bytes(wire):
         shown = "" if goal is None else f"≤ {goal:,}" + " (missed)" * (both > goal)
         rows.append([way, *(f"{number:,.0f}" for number in (sent["down"], sent["up"], both)), shown])
     return (
-        f"On the wire: the parameters are {wire['parameters']:,} bytes. Bytes of TCP that a client gets and sends in "
-        f"each of {wire['rounds']} rounds after the first ones, in which a whole model comes:\n\n"
+        f"Bytes of TCP that a client receives and sends per round, where the parameters are {wire['parameters']:,} "
+        f"bytes. They are the means of {wire['rounds']} rounds after the first, in which the model is sent whole:\n\n"
         f"{table(['--compress', 'down', 'up', 'both', 'goal'], rows)}\n\n"
-        "On the shelf the waiting falls less than the bytes, for there is a bucket each way: what no longer goes down "
-        "before a fit went down beside the first answers, which go up."
+        "On a slow network the waiting falls less than the bytes, because both directions have a limit of their own: "
+        "what is no longer sent down before a fit was sent while the first answers were coming up."
     )
 
 
 def step_profile(shares):
     greatest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:9])
     return (
-        f"Where a step's time goes (torch.profiler, of an epoch): {greatest}. The convolutions are oneDNN's, and take "
-        "as long in the bare loop."
+        f"Where the time of a step goes, by torch.profiler over an epoch: {greatest}. The convolutions are oneDNN's, "
+        "and take as long in the bare loop."
     )
 
 
@@ -228,12 +228,12 @@ def client_memory(about):
         rows.append([stage, *(f"{now[kind]:.0f} ({now[kind] - before[kind]:+.0f})" for kind in before)])
         before = now
     return (
-        f"Where a client's memory is, in MiB, {about['shard']:.0f} of them the shard's images:\n\n"
+        f"Memory of a client in MiB, of which the images of its shard are {about['shard']:.0f}:\n\n"
         f"{table(['after', 'its own', 'pages of files'], rows)}\n\n"
-        "Pages of files are the code of torch's and oneDNN's kernels that a training touches: the system takes them "
-        "back when memory is short, but a peak has them in it, and with the shard they alone are more than a goal of "
-        "1.15 leaves. The rest are activations and what malloc keeps of them: told to give it back at once "
-        "(MALLOC_TRIM_THRESHOLD_), a client takes 20 MiB less, and more than twice the time."
+        "Pages of files are the code of torch and oneDNN that training uses. The system takes them back when memory is "
+        "short, but they count in the peak, and with the shard they alone exceed what a goal of 1.15 allows. The rest "
+        "is activations, and memory that malloc keeps for later. If malloc gives it back at once "
+        "(MALLOC_TRIM_THRESHOLD_), a client needs 20 MiB less, and more than twice the time."
     )
 
 
@@ -252,16 +252,16 @@ def compress():
         rows.append([way, *each, f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
     off = finals["off"].values()
     within = all(min(off) <= statistics.mean(by_seed.values()) <= max(off) for by_seed in finals.values())
-    verdict = f"Their means are {'within' if within else 'outside'} what the seeds of off spread over."
+    verdict = f"Their means are {'within' if within else 'outside'} the range of the seeds of off."
     count = len(runs[0]["rounds"])
     header = ["--compress", *(f"seed {seed}" for seed in seeds), "mean, least, greatest", "mean difference to off"]
     return (
         f"Test accuracy after {count} rounds on all of CIFAR-10, ten clients of 4,000 fit images each, n = "
         f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
         f"{table(header, rows)}\n\n"
-        "Both send, of each array, the change since the model before: fp16 to 11 bits, int8 in 255 steps; what that is "
-        "too coarse for stays on the device, or in the server's model, which is float32, and goes with the next change."
-        f" {verdict}"
+        "Both send the change of each array since the last model, fp16 with 11 significant bits and int8 in 255 steps. "
+        "What is lost by rounding stays on the sender's side and goes with the next change. "
+        f"{verdict}"
     )
 
 
@@ -341,9 +341,9 @@ def frontier():
         rows.append([name, f"{step['parameters']:,}", f"{step['ratio']:.2f}", *cells])
     header = ["net", "parameters", "step over LeNet5's", *(f"round {current}" for current in shown_rounds)]
     return (
-        "Test accuracy on all of CIFAR-10 with 10 clients, IID, in the settings of the figure; and processor time of a "
-        "step on 32 images, of which a round takes 1,250. All but LeNet5 are simulated in one process, with one seed "
-        "(–: not run so far):"
+        "Test accuracy on all of CIFAR-10 with 10 clients, IID, with the settings of the figure, and processor time of "
+        "a step on 32 images, of which a round has 1,250. All nets but LeNet5 are simulated in one process, with one "
+        "seed (–: not run):"
         f"\n\n{table(header, rows)}\n\n"
         "![Test accuracy over rounds](frontier.png)\n\n"
         f"({machine(about['about'])}.)"
@@ -471,13 +471,13 @@ def growth():
         idle.append([f"{number:,}", *seconds, f"{measured['server_mib']:.0f}"])
     rounds = next(iter(simulated.values()))["n"]
     return (
-        "Simulated clients (`make simulate`): one epoch of LeNet5 over 40 images and an evaluation of 10 each, all in "
-        f"each round; medians of {rounds} rounds after the first, in which each process reads its shards:\n\n"
-        f"{table(['clients', 'seconds a round', 'straight line', 'server, MiB', 'a worker, MiB'], rows)}\n\n"
-        "Our own server, with clients that answer at once, threads in other processes of the same machine, so that a "
-        "round costs what the server and the messages cost:\n\n"
-        f"{table(['clients', 'milliseconds a round', 'straight line', 'server, MiB'], idle)}\n\n"
-        "The straight line is what the fewest clients of the table took, times the number. Memory is the peak.\n\n"
+        "Simulated clients (`make simulate`), each with one epoch of LeNet5 over 40 images and an evaluation of 10 per "
+        f"round; medians of {rounds} rounds after the first, in which each process reads its shards:\n\n"
+        f"{table(['clients', 'seconds per round', 'straight line', 'server, MiB', 'a worker, MiB'], rows)}\n\n"
+        "Our own server, with clients that answer at once, so that a round takes only what the server and the messages "
+        "need. The clients are threads in other processes of the same machine:\n\n"
+        f"{table(['clients', 'milliseconds per round', 'straight line', 'server, MiB'], idle)}\n\n"
+        "The straight line is the time of the first row, times the growth in clients. Memory is the peak.\n\n"
         "![Seconds a round and memory over the number of clients](growth.png)\n\n"
         f"(Simulation: {machine(about['simulation'])}. Own server: {machine(about['scripts'])}.)"
     )
@@ -496,8 +496,8 @@ def ways():
     about = read("ways.json")
     names = ("scripts", "simulation", "deployment")
     wanted = (
-        ("round_seconds", "seconds a round", "{:.3g}"),
-        ("beside_seconds", "of them beside the slowest fit and evaluate", "{:.3g}"),
+        ("round_seconds", "seconds per round", "{:.3g}"),
+        ("beside_seconds", "of which not the slowest fit and evaluate", "{:.3g}"),
         ("device_mib", "memory of a device at its peak, MiB (simulation: of a core's worker)", "{:.0f}"),
         ("device_killed_seconds", "the round in which a device is killed, seconds", "{:.1f}"),
         ("device_back_seconds", "until it is back once started again, seconds", "{:.1f}"),
