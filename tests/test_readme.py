@@ -74,7 +74,7 @@ def test_targets_and_files_exist(name):
     makefile, folder = (ROOT / "Makefile").read_text(), (ROOT / name).parent
     for target in re.findall(r"(?:^ {4}|`)make ([\w-]+)", PAGES[name], re.MULTILINE):
         assert re.search(rf"^(?:[\w-]+ )*{target}(?: [\w-]+)*:", makefile, re.MULTILINE), target
-    written = re.findall(r"[\w<>.-]+\.\w+", PAGES["docs/files.md"])  # by the scripts
+    written = re.findall(r"[\w<>.-]+\.\w+", PAGES["docs/files.md"].split("\n## ")[0])  # test_screen holds these
     written += re.findall(r"[\w.-]+\.\w+", (ROOT / ".gitignore").read_text())  # by people
     written += [path.name for where in ("plumbing/*", "deploy") for path in ROOT.glob(f"{where}/*")]  # named alone
     for path in re.findall(r"`([\w./<>-]+\.(?:py|sh|yml|ini|toml|txt|md|csv|json|png|ptl|tar))`", PAGES[name]):
