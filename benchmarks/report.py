@@ -1,4 +1,4 @@
-"""Write what was measured into README.md, benchmarks/README.md and docs/scale.md, between their markers; draw pictures.
+"""Write what was measured into the README, docs/ and benchmarks/README.md, between their markers; draw pictures.
 
     python benchmarks/report.py
 
@@ -15,11 +15,12 @@ import pandas as pd
 from common import HERE
 from helpers import ROOT
 
+DOCS = ROOT / "docs"
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
     .venv/bin/python server.py --num_clients 10 --num_rounds 100
     .venv/bin/python client.py --cid N --num_threads 1    # ten times, N from 0 to 9"""
 SHOWN = "fit_loss fit_accuracy eval_loss eval_accuracy test_loss test_accuracy".split()
-NEWCOMERS = (  # the rows that README.md has: how the name and the reference of each begin
+NEWCOMERS = (  # the rows that docs/performance.md has: how the name and the reference of each begin
     ("epoch of", "bare loop"),
     ("whole round", "slowest fit + slowest evaluate"),
     ("round with 10 clients on 20 Mbit/s, fp16: waiting", "whole models"),
@@ -55,12 +56,12 @@ def figure():
     history, best = read_figure()
     rows = [[current, *(f"{history[name][current]:.3f}" for name in SHOWN)] for current in (1, 10, 20, 50, 100)]
     return (
-        "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch a round, Adam 1e-3, "
-        f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding, the server and the clients eleven "
-        "processes on one machine with 2 cores, one thread each:\n\n"
+        "Ten clients, 4,000 fit and 1,000 eval images of CIFAR-10 each (IID), one local epoch per round, Adam 1e-3, "
+        f"batch 32, {len(history)} rounds; the images are CIFAR-10's in JPEG coding. The server and the clients are "
+        "eleven processes on one machine with 2 cores, one thread each:\n\n"
         f"{table(['round', *SHOWN], rows)}\n\n"
         f"The test accuracy is at its best in round {best}: {history['test_accuracy'][best]:.3f}. The run took "
-        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `figure.csv`. It was made with\n\n"
+        f"{history['round_seconds'].sum() / 60:.1f} minutes. All its rows are in `figure.csv`. The commands:\n\n"
         f"{FIGURE_COMMANDS}"
     )
 
@@ -71,6 +72,16 @@ def figure_in_short():
         f"Ten clients, {len(history)} rounds on CIFAR-10: the test accuracy ends at "
         f"{history['test_accuracy'].iloc[-1]:.3f} and was at its best in round {best}, with "
         f"{history['test_accuracy'][best]:.3f} ([how it was made](benchmarks/README.md#the-figure))."
+    )
+
+
+def rounds_in_short():
+    history, _ = read_figure()
+    wire, seconds = read("results.json")["wire"]["ways"]["off"], history["round_seconds"]
+    return (
+        f"Ten clients with 4,000 training images each, on one machine with 2 cores: {seconds.median():.1f} s per round "
+        f"(median), {seconds.sum() / 60:.1f} minutes for {len(history)} rounds. Each client receives "
+        f"{wire['down'] / 1e6:.2f} MB and sends {wire['up'] / 1e6:.2f} MB per round. Boards are slower."
     )
 
 
@@ -100,11 +111,11 @@ def soak():
     about, faulty, clean, _, _, gap = read_soak()
     rows = [[kind, counts["injected"], counts["survived"]] for kind, counts in faulty["faults"].items()]
     return (
-        f"`make soak` trains 10 clients for {faulty['rounds']} rounds under a hail of faults, and without any:\n\n"
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds with many faults, and once without any:\n\n"
         f"{table(['fault', 'injected', 'survived'], rows)}\n\n"
-        f"Rows of the history lost: {faulty['rows_lost']}; double: {faulty['rows_double']}; processes left at the end: "
-        f"{faulty['processes_left']}. Rounds that a killed server had not saved yet and ran again: "
-        f"{faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
+        f"Rows of the history that were lost: {faulty['rows_lost']}; that are there twice: {faulty['rows_double']}; "
+        f"processes left at the end: {faulty['processes_left']}. Rounds that a killed server had not saved and ran "
+        f"again: {faulty['rounds_trained_again']}. Test accuracy {faulty['test_accuracy']:.3f}, without faults "
         f"{clean['test_accuracy']:.3f}, a difference of {gap:.1f} points. ({machine(about)}.)"
     )
 
@@ -112,9 +123,10 @@ def soak():
 def soak_in_short():
     _, faulty, _, injected, survived, gap = read_soak()
     return (
-        f"`make soak` trains 10 clients for {faulty['rounds']} rounds while clients and the server are killed and "
-        f"frozen: {survived} of {injected} faults survived, {faulty['rows_lost']} rows of the history lost, "
-        f"{gap:.1f} points of accuracy from a run without faults ([more](benchmarks/README.md#under-faults))."
+        f"`make soak` trains 10 clients for {faulty['rounds']} rounds, and kills and freezes clients and the server: "
+        f"{survived} of {injected} faults were survived, {faulty['rows_lost']} rows of the history were lost, and the "
+        f"test accuracy is within {gap:.1f} points of a run without faults "
+        "([more](../benchmarks/README.md#under-faults))."
     )
 
 
@@ -164,26 +176,26 @@ def bench():
 
     saving, reading_too = (find(rows, "partition.py, ", against)["reference"] for against in ("np.save", "reading"))
     return (
-        "`make bench` measures each figure beside its reference in the same run on the same work, in alternating "
-        "pairs. Medians; of the ratio the least and greatest too:\n\n"
+        "`make bench` measures each figure and its reference in the same run on the same work, in alternating pairs. "
+        "The table has medians, and for the ratio also the least and the greatest:\n\n"
         f"{table(header, [[row['bench'], *cells(row), row['n'], goal_of(row)] for row in rows])}\n\n"
-        f"One torch thread; data: {about['data']}. Measured on\n\n{machines}\n\n"
+        f"One torch thread; data: {about['data']}. The machines:\n\n{machines}\n\n"
         "![The ratios, their spread and their goals](results.png)\n\n"
-        f"`partition.py` writes {speed['ours']:,.0f} images a second.\n\n"
-        f"Where the rest goes: a whole round takes {ratio('whole round', 'its slowest fit')} times its slowest fit, "
-        "for then the devices measure the averaged model on their eval images, which is what `global_eval_*` needs; it "
-        f"takes {ratio('whole round', 'slowest fit +')} times both together. Partitioning takes "
-        f"{ratio('partition.py, ', 'np.save')} times as long as saving alone, for the archive has to be decompressed "
-        f"and read, which by itself takes {(reading_too - saving) / saving:.2f} times as long; it takes "
-        f"{ratio('partition.py, ', 'reading')} times reading and saving.\n\n"
+        f"`partition.py` writes {speed['ours']:,.0f} images per second.\n\n"
+        f"A whole round takes {ratio('whole round', 'its slowest fit')} times as long as its slowest fit, because the "
+        "devices then evaluate the averaged model on their eval images (`global_eval_*`). It takes "
+        f"{ratio('whole round', 'slowest fit +')} times as long as both together. `partition.py` takes "
+        f"{ratio('partition.py, ', 'np.save')} times as long as saving the images, because it first decompresses and "
+        f"reads the archive, which takes {(reading_too - saving) / saving:.2f} times as long as saving. It takes "
+        f"{ratio('partition.py, ', 'reading')} times as long as reading and saving together.\n\n"
         f"{wire_in_bytes(wire)}\n\n"
         f"{step_profile(about['step_profile'])}\n\n"
         f"{client_memory(about['client_memory'])}\n\n"
-        "Flower's own embedded-devices example on its deployment engine took 9.28 s a round, of which 1.81 s were "
-        "training, and 770 MB at peak on the device (2 clients with 4,000 images each, measured elsewhere on this "
-        "work): it starts a new process for each message.\n\n"
-        "On CUDA the shard lies on the device, batches are cut there, and a pass reads its sums back once, at its end. "
-        "That path is untested: no GPU was at hand, nor was a Jetson or a Raspberry Pi."
+        "Flower's own embedded-devices example, on its deployment engine, took 9.28 s per round, of which 1.81 s were "
+        "training, and 770 MB of memory at its peak (2 clients with 4,000 images each; measured separately). It starts "
+        "a new process for each message.\n\n"
+        "On CUDA the shard stays in the GPU's memory, and results are read back once per epoch. "
+        "That is untested: no GPU was available, nor was a Jetson or a Raspberry Pi."
     )
 
 
@@ -194,19 +206,19 @@ def wire_in_bytes(wire):
         shown = "" if goal is None else f"≤ {goal:,}" + " (missed)" * (both > goal)
         rows.append([way, *(f"{number:,.0f}" for number in (sent["down"], sent["up"], both)), shown])
     return (
-        f"On the wire: the parameters are {wire['parameters']:,} bytes. Bytes of TCP that a client gets and sends in "
-        f"each of {wire['rounds']} rounds after the first ones, in which a whole model comes:\n\n"
+        f"Bytes of TCP that a client receives and sends per round, where the parameters are {wire['parameters']:,} "
+        f"bytes. They are the means of {wire['rounds']} rounds after the first, in which the model is sent whole:\n\n"
         f"{table(['--compress', 'down', 'up', 'both', 'goal'], rows)}\n\n"
-        "On the shelf the waiting falls less than the bytes, for there is a bucket each way: what no longer goes down "
-        "before a fit went down beside the first answers, which go up."
+        "On a slow network the waiting falls less than the bytes, because both directions have a limit of their own: "
+        "what is no longer sent down before a fit was sent while the first answers were coming up."
     )
 
 
 def step_profile(shares):
     greatest = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(shares.items())[:9])
     return (
-        f"Where a step's time goes (torch.profiler, of an epoch): {greatest}. The convolutions are oneDNN's, and take "
-        "as long in the bare loop."
+        f"Where the time of a step goes, by torch.profiler over an epoch: {greatest}. The convolutions are oneDNN's, "
+        "and take as long in the bare loop."
     )
 
 
@@ -216,12 +228,12 @@ def client_memory(about):
         rows.append([stage, *(f"{now[kind]:.0f} ({now[kind] - before[kind]:+.0f})" for kind in before)])
         before = now
     return (
-        f"Where a client's memory is, in MiB, {about['shard']:.0f} of them the shard's images:\n\n"
+        f"Memory of a client in MiB, of which the images of its shard are {about['shard']:.0f}:\n\n"
         f"{table(['after', 'its own', 'pages of files'], rows)}\n\n"
-        "Pages of files are the code of torch's and oneDNN's kernels that a training touches: the system takes them "
-        "back when memory is short, but a peak has them in it, and with the shard they alone are more than a goal of "
-        "1.15 leaves. The rest are activations and what malloc keeps of them: told to give it back at once "
-        "(MALLOC_TRIM_THRESHOLD_), a client takes 20 MiB less, and more than twice the time."
+        "Pages of files are the code of torch and oneDNN that training uses. The system takes them back when memory is "
+        "short, but they count in the peak, and with the shard they alone exceed what a goal of 1.15 allows. The rest "
+        "is activations, and memory that malloc keeps for later. If malloc gives it back at once "
+        "(MALLOC_TRIM_THRESHOLD_), a client needs 20 MiB less, and more than twice the time."
     )
 
 
@@ -240,16 +252,16 @@ def compress():
         rows.append([way, *each, f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
     off = finals["off"].values()
     within = all(min(off) <= statistics.mean(by_seed.values()) <= max(off) for by_seed in finals.values())
-    verdict = f"Their means are {'within' if within else 'outside'} what the seeds of off spread over."
+    verdict = f"Their means are {'within' if within else 'outside'} the range of the seeds of off."
     count = len(runs[0]["rounds"])
     header = ["--compress", *(f"seed {seed}" for seed in seeds), "mean, least, greatest", "mean difference to off"]
     return (
         f"Test accuracy after {count} rounds on all of CIFAR-10, ten clients of 4,000 fit images each, n = "
         f"{len(seeds)} seeds, which fix the first model and the order of all images (`compress.py`):\n\n"
         f"{table(header, rows)}\n\n"
-        "Both send, of each array, the change since the model before: fp16 to 11 bits, int8 in 255 steps; what that is "
-        "too coarse for stays on the device, or in the server's model, which is float32, and goes with the next change."
-        f" {verdict}"
+        "Both send the change of each array since the last model, fp16 with 11 significant bits and int8 in 255 steps. "
+        "What is lost by rounding stays on the sender's side and goes with the next change. "
+        f"{verdict}"
     )
 
 
@@ -258,10 +270,23 @@ def bench_in_short():
     chosen = [find(rows, *start) for start in NEWCOMERS]
     shortened = table(["what", "ours", "reference", "ratio"], [cells(row) for row in chosen])
     return (
-        "Each figure beside its reference, measured in alternating pairs in the same run; medians, of the ratio the "
-        f"least and greatest too:\n\n{shortened}\n\n"
+        "Medians, measured in alternating pairs; for the ratio also the least and the greatest:\n\n"
+        f"{shortened}\n\n"
         f"These and {len(rows) - len(chosen)} more rows, the machine and the goals are in "
-        "[benchmarks/README.md](benchmarks/README.md#speed-and-memory); `make bench` measures all of them anew."
+        "[benchmarks/README.md](../benchmarks/README.md#speed-and-memory). `make bench` measures all of them again."
+    )
+
+
+def wire_in_short():
+    wire = read("results.json")["wire"]
+    rows = [
+        [f"`--compress {way}`" if way in ("off", "fp16", "int8") else way, f"{down:,.0f}", f"{up:,.0f}"]
+        for way, (down, up) in {way: each.values() for way, each in wire["ways"].items()}.items()
+    ]
+    return (
+        f"Bytes of TCP per client and round for LeNet5, whose parameters are {wire['parameters']:,} bytes "
+        f"([more](../benchmarks/README.md#speed-and-memory)):\n\n"
+        f"{table(['what is sent', 'to the device', 'from the device'], rows)}"
     )
 
 
@@ -316,9 +341,9 @@ def frontier():
         rows.append([name, f"{step['parameters']:,}", f"{step['ratio']:.2f}", *cells])
     header = ["net", "parameters", "step over LeNet5's", *(f"round {current}" for current in shown_rounds)]
     return (
-        "Test accuracy on all of CIFAR-10 with 10 clients, IID, in the settings of the figure; and processor time of a "
-        "step on 32 images, of which a round takes 1,250. All but LeNet5 are simulated in one process, with one seed "
-        "(–: not run so far):"
+        "Test accuracy on all of CIFAR-10 with 10 clients, IID, with the settings of the figure, and processor time of "
+        "a step on 32 images, of which a round has 1,250. All nets but LeNet5 are simulated in one process, with one "
+        "seed (–: not run):"
         f"\n\n{table(header, rows)}\n\n"
         "![Test accuracy over rounds](frontier.png)\n\n"
         f"({machine(about['about'])}.)"
@@ -329,10 +354,10 @@ def frontier_in_short():
     curves, steps = read_curves(), read("frontier.json")["steps"]
     (lenet5, *_), augmented = curves.values(), curves["GroupNet, augmented"]
     return (
-        f"After the same 100 rounds with 10 clients its test accuracy on CIFAR-10 is {augmented[100]:.2f}, LeNet5's "
-        f"{lenet5[100]:.2f}, for {steps['GroupNet, augmented']['ratio']:.1f} times the time a step and "
+        f"After 100 rounds with 10 clients on CIFAR-10, GroupNet's test accuracy is {augmented[100]:.2f}, LeNet5's "
+        f"{lenet5[100]:.2f}. A step takes {steps['GroupNet, augmented']['ratio']:.1f} times as long, and it has "
         f"{steps['GroupNet, augmented']['parameters']:,} parameters instead of {steps['LeNet5']['parameters']:,} "
-        "([more](benchmarks/README.md#nets))."
+        "([more](../benchmarks/README.md#nets))."
     )
 
 
@@ -388,8 +413,8 @@ def skew_in_short():
         cells = [figures[name, alpha, "test_accuracy"] for alpha in alphas]
         rows.append([name, *(f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells)])
     return (
-        "Test accuracy after 40 rounds with 10 clients of 1,000 images of CIFAR-10, means of 3 seeds, least and "
-        "greatest in brackets ([more](benchmarks/README.md#skew)):\n\n"
+        "Test accuracy on CIFAR-10 after 40 rounds with 10 clients of 1,000 images each; mean of 3 seeds, in brackets "
+        "the least and the greatest ([more](../benchmarks/README.md#skew)):\n\n"
         f"{table(['method', *(f'Dirichlet, alpha {alpha}' for alpha in alphas)], rows)}"
     )
 
@@ -446,13 +471,13 @@ def growth():
         idle.append([f"{number:,}", *seconds, f"{measured['server_mib']:.0f}"])
     rounds = next(iter(simulated.values()))["n"]
     return (
-        "Simulated clients (`make simulate`): one epoch of LeNet5 over 40 images and an evaluation of 10 each, all in "
-        f"each round; medians of {rounds} rounds after the first, in which each process reads its shards:\n\n"
-        f"{table(['clients', 'seconds a round', 'straight line', 'server, MiB', 'a worker, MiB'], rows)}\n\n"
-        "Our own server, with clients that answer at once, threads in other processes of the same machine, so that a "
-        "round costs what the server and the messages cost:\n\n"
-        f"{table(['clients', 'milliseconds a round', 'straight line', 'server, MiB'], idle)}\n\n"
-        "The straight line is what the fewest clients of the table took, times the number. Memory is the peak.\n\n"
+        "Simulated clients (`make simulate`), each with one epoch of LeNet5 over 40 images and an evaluation of 10 per "
+        f"round; medians of {rounds} rounds after the first, in which each process reads its shards:\n\n"
+        f"{table(['clients', 'seconds per round', 'straight line', 'server, MiB', 'a worker, MiB'], rows)}\n\n"
+        "Our own server, with clients that answer at once, so that a round takes only what the server and the messages "
+        "need. The clients are threads in other processes of the same machine:\n\n"
+        f"{table(['clients', 'milliseconds per round', 'straight line', 'server, MiB'], idle)}\n\n"
+        "The straight line is the time of the first row, times the growth in clients. Memory is the peak.\n\n"
         "![Seconds a round and memory over the number of clients](growth.png)\n\n"
         f"(Simulation: {machine(about['simulation'])}. Own server: {machine(about['scripts'])}.)"
     )
@@ -471,8 +496,8 @@ def ways():
     about = read("ways.json")
     names = ("scripts", "simulation", "deployment")
     wanted = (
-        ("round_seconds", "seconds a round", "{:.3g}"),
-        ("beside_seconds", "of them beside the slowest fit and evaluate", "{:.3g}"),
+        ("round_seconds", "seconds per round", "{:.3g}"),
+        ("beside_seconds", "of which not the slowest fit and evaluate", "{:.3g}"),
         ("device_mib", "memory of a device at its peak, MiB (simulation: of a core's worker)", "{:.0f}"),
         ("device_killed_seconds", "the round in which a device is killed, seconds", "{:.1f}"),
         ("device_back_seconds", "until it is back once started again, seconds", "{:.1f}"),
@@ -516,13 +541,11 @@ def draw_growth(path):
 # The pages: what stands between the markers of each.
 
 PAGES = {
-    ROOT / "README.md": {
-        "figure": figure_in_short,
-        "frontier": frontier_in_short,
-        "skew": skew_in_short,
-        "soak": soak_in_short,
-        "bench": bench_in_short,
-    },
+    ROOT / "README.md": {"figure": figure_in_short, "rounds": rounds_in_short},
+    DOCS / "strategies.md": {"frontier": frontier_in_short, "skew": skew_in_short},
+    DOCS / "network.md": {"wire": wire_in_short},
+    DOCS / "faults.md": {"soak": soak_in_short},
+    DOCS / "performance.md": {"bench": bench_in_short},
     HERE / "README.md": {
         "figure": figure,
         "frontier": frontier,
@@ -532,12 +555,12 @@ PAGES = {
         "growth": growth,
         "bench": bench,
     },
-    ROOT / "docs" / "scale.md": {"ways": ways, "aggregation": aggregation},
+    DOCS / "scale.md": {"ways": ways, "aggregation": aggregation},
 }
 
 
 def render(text, page=ROOT / "README.md"):
-    """The `text` of one of PAGES with all sections between markers written anew."""
+    """The `text` of one of PAGES with all sections between markers written again."""
     for name, section in PAGES[page].items():
         text, count = re.subn(
             f"(<!-- {name} -->\n).*?(<!-- end {name} -->)",

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole suite on one machine: partition, one server, NUM_CLIENTS clients. Run by `make demo`, or as
 #     DATASET=Shapes10 NUM_CLIENTS=4 NUM_ROUNDS=5 bash deploy/demo.sh
-# Its dataset is named demo-DATASET, so that no split that devices have is replaced.
+# Its dataset is called demo-DATASET, so that a split that devices have is not replaced.
 set -u
-unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what users have for their own shell
 case ${SOURCE:-/} in /*) ;; *) [ ! -e "$SOURCE" ] || SOURCE=$PWD/$SOURCE ;; esac
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -22,7 +22,7 @@ trap 'exit 143' TERM
 
 if ! partition; then
     [ -z "${DATASET:-}${SOURCE:-}" ] || exit 2
-    echo "CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10, which is drawn here"
+    echo "CIFAR-10 cannot be downloaded: training on Shapes10 instead, a set of drawn shapes"
     source=Shapes10 dataset=demo-Shapes10
     partition || exit 2
 fi
@@ -31,7 +31,7 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 "$python" server.py --server_port "$port" --dataset "$dataset" --num_clients "$num_clients" --num_rounds "$num_rounds" &
 server=$!
 processes+=("$server")
-echo "each client trains in a process of its own; it writes to ckps/$dataset/client_<cid>.log"
+echo "each client is a process of its own; what it prints is in ckps/$dataset/client_<cid>.log"
 mkdir -p "ckps/$dataset"
 for ((cid = 0; cid < num_clients; cid++)); do
     "$python" client.py --server_port "$port" --dataset "$dataset" --cid "$cid" --num_threads 1 \

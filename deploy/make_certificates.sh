@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Make what TLS needs: a certificate authority of your own, and a certificate for the server under each ADDRESS by
-# which clients call it. Writes ca.pem, ca.key, server.pem and server.key to the folder certificates/; an authority
-# that is there already is kept, so that the clients' ca.pem stays good.
+# Make the certificates for TLS: a certificate authority of your own, and a certificate for the server with each ADDRESS
+# that clients use for it. Writes ca.pem, ca.key, server.pem and server.key to the folder certificates/. An authority that
+# exists is kept, so that the ca.pem of the clients stays valid.
 #     deploy/make_certificates.sh 192.168.1.10 laptop.local
 set -eu
-unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what users have for their own shell
 fail() {
     echo "make_certificates.sh: $*" >&2
     exit 2
 }
-[ $# -gt 0 ] || fail "name each ADDRESS by which clients call the server (see --help)"
+[ $# -gt 0 ] || fail "name each ADDRESS that clients use for the server (see --help)"
 names=
 for address in "$@"; do
     case $address in
@@ -48,4 +48,4 @@ quietly openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateseria
     -out server.pem.part
 mv server.key.part server.key
 mv server.pem.part server.pem
-echo "certificates/ holds ca.pem (give it to the clients), server.pem, server.key (for the server), ca.key (keep it)"
+echo "certificates/ has ca.pem (copy it to the clients), server.pem and server.key (for the server), ca.key (keep it safe)"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Print pip's option for a torch without CUDA, which weighs gigabytes, where it would be of no use: on x86 Linux without
-# an NVIDIA GPU. Says on stderr how much there is to download. For make_venv.sh and setup_device.sh: torch_index.sh PYTHON
+# Print pip's option for a torch without CUDA (which takes gigabytes) where CUDA is of no use: on x86 Linux without an
+# NVIDIA GPU. Says on stderr how much has to be downloaded. For make_venv.sh and setup_device.sh: torch_index.sh PYTHON
 set -u
-unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what the user has for a shell of his own
+unset CDPATH BASH_ENV && unalias -a && unset -f $(compgen -A function) # what users have for their own shell
 index=https://download.pytorch.org/whl/cpu
 [ "$(uname -s) $(uname -m)" = "Linux x86_64" ] || exit 0
 if timeout 10 nvidia-smi -L >/dev/null 2>&1; then

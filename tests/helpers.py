@@ -177,11 +177,12 @@ def lines(process, text):
     return [line for line in (process.out + process.err).splitlines() if text in line]
 
 
-def commands_in_readme(section, *starts):
-    """The commands of a section of the README that start so, in order; one that goes over lines is in one."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+def commands_in(page, section, *starts):
+    """The commands of a section of a `page` that start so (all, if none is given), in order, each in one line."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", "")
     text = re.split(r"\n#+ ", text.split(f"# {section}\n")[1])[0]
-    return [line[4:] for line in text.splitlines() if line.startswith(tuple(f"    {start}" for start in starts))]
+    starts = tuple(f"    {start}" for start in starts or [""])
+    return [line[4:] for line in text.splitlines() if line.startswith(starts)]
 
 
 def history(suite, dataset="Tiny"):

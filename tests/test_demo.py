@@ -47,8 +47,13 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     process = demo(NUM_ROUNDS="2", https_proxy="http://127.0.0.1:1")  # where nobody listens: no way to CIFAR-10
     assert process.wait(120) == 0, (suite.root / "demo.log").read_text()
     output = (suite.root / "demo.log").read_text()
-    assert output.count("CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10") == 1
+    assert output.count("CIFAR-10 cannot be downloaded: training on Shapes10 instead") == 1
     assert "Traceback" not in output and "round 2/2" in output
+    shown = re.search(
+        r"ends like this:\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    for line in shown[1].splitlines():  # the same but for its numbers
+        assert re.search("^" + re.sub(r"\d+", r"\\d+", re.escape(line)) + "$", output, re.MULTILINE), line
     folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()

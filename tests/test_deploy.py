@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, commands_in_readme, free_port
+from helpers import ROOT, commands_in, free_port
 
 PLAYBOOK = ROOT / ".venv-deploy" / "bin" / "ansible-playbook"
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -81,8 +81,8 @@ def test_make_knows_no_other_folder_than_its_own(tmp_path):
     assert done.returncode == 2 and "run make in the suite's folder" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
-    """One variable makes it a SuperNode, by the command that the README has and make test-engines runs."""
+def test_the_service_starts_the_supernode_of_the_docs(suite, tmp_path):
+    """One variable makes it a SuperNode, by the command that docs/engines.md has and make test-engines runs."""
     play = "- hosts: all\n  gather_facts: false\n  tasks:\n    - ansible.builtin.template:\n"
     play += f"        src: {ROOT}/deploy/fl-iot-client.service.j2\n        dest: '{tmp_path}/unit'\n"
     (tmp_path / "play.yml").write_text(play)
@@ -95,7 +95,7 @@ def test_the_service_starts_the_readmes_supernode(suite, tmp_path):
         assert done.returncode == 0, done
         (line,) = re.findall(r"^ExecStart=(.*)", (tmp_path / "unit").read_text(), re.MULTILINE)
         started.append(shlex.split(line))
-    (command,) = commands_in_readme("Devices on Flower's deployment engine", "flower-supernode")
+    (command,) = commands_in("docs/engines.md", "Devices on Flower's deployment engine", "flower-supernode")
     command = shlex.split(command)
     names = {"certificates/ca.pem": "ca.pem", "device_3": "supernode_key"}  # as the playbook copies them
     assert started[0] == [
@@ -227,12 +227,12 @@ MISTAKES = [  # in what the inventory says of the device with cid 1, None for wh
     ({"cid": 2}, "cid 2 is not in the split of Tiny, which has 2 shards, 0 to 1"),
     ({"cid": 1.5}, "cid 1.5 is not a whole number from 0 up"),
     ({"cid": True}, "cid True is not a whole number from 0 up"),
-    ({"server_address": None}, "no server_address: say in the inventory how the devices reach the server"),
-    ({"server_adress": "laptop"}, "server_adress is not known: is server_address meant?"),
+    ({"server_address": None}, "no server_address: write into the inventory how the devices reach the server"),
+    ({"server_adress": "laptop"}, "server_adress is unknown: do you mean server_address?"),
     ({"server_address": "my laptop"}, "server_address my laptop is neither a name nor an IP address"),
     ({"server_port": 80800}, "server_port 80800 is not a number from 1 to 65535"),
-    ({"dataset": 1.5}, "dataset is 1.5, not a text: put it in quotes"),
-    ({"dataset": ["Tiny"]}, 'dataset is ["Tiny"], not a text: put it in quotes'),
+    ({"dataset": 1.5}, "dataset is 1.5, not text: put it in quotes"),
+    ({"dataset": ["Tiny"]}, 'dataset is ["Tiny"], not text: put it in quotes'),
     ({"dataset": "tiny"}, "no {root}/datasets/tiny/bundles/client_1.tar on this machine: run partition.py"),
     ({"home": "fl-iot"}, "home fl-iot is not a folder from / on"),
     ({"secret_file": "empty"}, "secret_file {root}/empty is empty"),
@@ -241,7 +241,7 @@ MISTAKES = [  # in what the inventory says of the device with cid 1, None for wh
     ({"supernode": True}, "a SuperNode needs root_certificate and supernode_key"),
     (SUPERNODE, "client_flags: of client.py alone, not of a SuperNode"),
     ({"supernode_key": "b"}, "supernode_key: of a SuperNode alone, with supernode=true"),
-    ({"wheelhouse": "http://192.0.2.1/"}, "wheelhouse http://192.0.2.1/ is not safe on the way"),
+    ({"wheelhouse": "http://192.0.2.1/"}, "anyone on the network can change what http://192.0.2.1/ sends"),
     ({"wheelhouse": "nowhere"}, "wheelhouse nowhere is not a folder with wheels on this machine"),
     ({}, None),
 ]

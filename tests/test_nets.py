@@ -1,4 +1,4 @@
-"""Nets: one of the user's own, as the README shows it, and GroupNet."""
+"""Nets: one of the user's own, as docs/strategies.md shows it, and GroupNet."""
 
 import re
 import shutil
@@ -14,10 +14,10 @@ from torch import nn
 
 import nets
 
-SNIPPET = re.search(r"```python\n(class Small.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+SNIPPET = re.search(r"```python\n(class Small.*?)```", (ROOT / "docs/strategies.md").read_text(), re.DOTALL)[1]
 
 
-def test_net_of_the_readme_trains_where_a_batch_of_one_would_be_left_over(suite, tmp_path):
+def test_net_of_the_docs_trains_where_a_batch_of_one_would_be_left_over(suite, tmp_path):
     nets = (suite.root / "nets.py").read_text()
     before, line, after = re.split(r"(?m)^(NETS = .*)$", nets)
     (suite.root / "nets.py").write_text(before + SNIPPET + "\n\n" + line.replace("LeNet5,", "LeNet5, Small,") + after)

@@ -1,4 +1,4 @@
-"""What the README says is so: its figures are the measured ones, its commands and flags exist."""
+"""What the README and docs/ say is so: their figures are the measured ones; commands, flags, files and links exist."""
 
 import re
 import subprocess
@@ -16,25 +16,50 @@ from helpers import ROOT
 import client
 from nets import LeNet5
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {  # name: text
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        *ROOT.glob("*.md"),
+        *sorted(ROOT.glob("docs/*.md")),
+        ROOT / "benchmarks/README.md",
+        ROOT / "deploy/README.md",
+    )
+}
+README = PAGES["README.md"]
+SCRIPTS = ("partition.py", "server.py", "client.py")
+OTHERS_FLAGS = {"--enable-supernode-auth"}  # of Flower's commands, which make test-engines runs
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/scale.md"])
+@pytest.mark.parametrize("name", [name for name, text in PAGES.items() if "<!-- end " in text])
 def test_figures_are_those_that_were_measured(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import report
 
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert report.render(text, ROOT / name) == text
+    assert report.render(PAGES[name], ROOT / name) == PAGES[name]
 
 
-def test_flags_exist():
-    for script in ("partition.py", "server.py", "client.py"):
-        used = set(re.findall(r"--\w+", " ".join(re.findall(rf"python {script}([^\n#]*)", README))))
-        help_text = subprocess.run(
-            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-        assert used and used <= set(re.findall(r"--\w+", help_text)), script
+@pytest.fixture(scope="module")
+def flags():
+    """The flags of each script, as its --help has them."""
+    found = {}
+    for script in SCRIPTS:
+        command = [sys.executable, ROOT / script, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        found[script] = set(re.findall(r"--[\w-]+", done.stdout))
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_flags_exist(flags, name):
+    for script in SCRIPTS:
+        commands = re.findall(rf"python {script}([^\n#`]*)", PAGES[name].replace("\\\n", ""))
+        used = set(re.findall(r"--[\w-]+", " ".join(commands)))
+        assert (used or name != "README.md") and used <= flags[script], script
+    known = set().union(*flags.values(), OTHERS_FLAGS)
+    for path in (ROOT / "Makefile", *ROOT.glob("deploy/*.*")):  # and what those take, or name of Ansible's
+        known |= set(re.findall(r"--[\w-]+", path.read_text(encoding="utf-8")) if path.suffix != ".md" else ())
+    prose = re.sub(r"```.*?```|(?m:^) {4}[^\n]*", "", PAGES[name], flags=re.DOTALL)
+    assert {flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"--[a-z][\w-]*", code)} <= known
 
 
 def test_clients_wait_for_the_server_as_long_as_it_says(monkeypatch):
@@ -44,14 +69,55 @@ def test_clients_wait_for_the_server_as_long_as_it_says(monkeypatch):
     assert re.search(r"^ExecStart=.* client\.py .* --max_wait_time 0\b", unit, re.MULTILINE)
 
 
-def test_files_and_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:^ {4}|`)make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for path, anchor in re.findall(r"\(((?:benchmarks|docs)/[\w./-]+)(?:#([\w-]+))?\)", README):
-        assert (ROOT / path).exists(), path
-        headings = re.findall(r"^#+ (.*)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
-        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
+@pytest.mark.parametrize("name", PAGES)
+def test_targets_and_files_exist(name):
+    makefile, folder = (ROOT / "Makefile").read_text(), (ROOT / name).parent
+    for target in re.findall(r"(?:^ {4}|`)make ([\w-]+)", PAGES[name], re.MULTILINE):
+        assert re.search(rf"^(?:[\w-]+ )*{target}(?: [\w-]+)*:", makefile, re.MULTILINE), target
+    written = re.findall(r"[\w<>.-]+\.\w+", PAGES["docs/files.md"].split("\n## ")[0])  # test_screen holds these
+    written += re.findall(r"[\w.-]+\.\w+", (ROOT / ".gitignore").read_text())  # by people
+    written += [path.name for where in ("plumbing/*", "deploy") for path in ROOT.glob(f"{where}/*")]  # named alone
+    for path in re.findall(r"`([\w./<>-]+\.(?:py|sh|yml|ini|toml|txt|md|csv|json|png|ptl|tar))`", PAGES[name]):
+        there = (
+            (ROOT / path).exists()
+            or (folder / path).exists()
+            or re.sub(r"_\d+\.", "_<cid>.", path.rpartition("/")[2]) in written
+        )
+        assert there, path
+
+
+def test_names_in_the_table_of_the_code_are_there():
+    rows = re.findall(
+        r"^\| [^|]+ \| (`.*) \|$", PAGES["CONTRIBUTING.md"].split("## Where things are\n")[1], re.MULTILINE
+    )
+    assert len(rows) > 10
+    for row in rows:
+        text = None
+        for code in re.findall(r"`([\w./-]+)`", row):
+            if code.endswith((".py", ".toml", "/")):
+                paths = [*(ROOT / code).glob("*.py")] if code.endswith("/") else [ROOT / code]
+                text = "".join(path.read_text(encoding="utf-8") for path in paths)
+            else:
+                assert all(re.search(rf"\b{part}\b", text) for part in code.split(".")), code
+
+
+def anchors(text):
+    """The anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", PAGES[name]):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
+
+
+def test_readme_leads_to_all_pages():
+    assert {name for name in PAGES if f"({name})" not in README} == {"README.md", "deploy/README.md"}
+    assert "(../deploy/README.md)" in PAGES["docs/boards.md"]
 
 
 def test_five_lines_use_a_trained_model(tiny):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from plumbing.laptop import listening, pictures
 from plumbing.laptop.curves import Curves
-from plumbing.laptop.history import COLUMNS, TIMES
+from plumbing.laptop.history import CLIENT_COLUMNS, COLUMNS, TIMES
 from plumbing.laptop.screen import list_accuracies
 
 import cv2
@@ -42,7 +42,7 @@ from test_wandb_run import ON_TERMINAL
 
 import server
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 
 
 def of_kind(records, kind):
@@ -290,19 +290,19 @@ def test_the_command_has_the_address_that_the_certificate_names(tmp_path, monkey
 # Files and pictures.
 
 
-def named_files(section):
-    """The paths in the first column of the README's table in `section`, a list a row."""
-    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+def named_files():
+    """The paths in the first column of the table of files in docs/files.md."""
+    text = PAGES["files.md"].split("\n## ")[0]
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    return [re.findall(r"`([^`]+)`", row) for row in rows]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
-def test_a_run_leaves_exactly_the_files_of_the_readme_s_table(shown):
+def test_a_run_leaves_exactly_the_files_of_the_table_in_the_docs(shown):
     left = {name for name, content in tree(shown.root / "ckps").items() if content is not None}
     left.discard("ckps/Tiny/.client_2.ptl.part")  # that device was killed, perhaps while it wrote this
     left |= {"wandb/" for _ in (shown.root / "wandb").glob("*")}
     left = {name if name == "wandb/" else f"ckps/{name}" for name in left}
-    named = {name for row in named_files("What it leaves") for name in row}
+    named = named_files()
     later = {"ckps/<dataset>.<date>/"}  # an earlier run's, which is moved
     later |= {"ckps/<dataset>/client_<cid>.bn", "ckps/<dataset>/client_<cid>.log"}  # with --fedbn, and of the demo
     assert later <= named
@@ -320,16 +320,20 @@ def test_a_run_leaves_exactly_the_files_of_the_readme_s_table(shown):
 
 
 def quoted_lines():
-    """The left column of the README's table of what the scripts say."""
-    text = README.split("## What the scripts say, and what to do\n")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
+    """What the scripts print, according to docs/messages.md; the README has the commonest of these."""
+    of_readme = PAGES["README.md"].split("## When it goes wrong\n")[1].split("\n## ")[0]
+    quoted, commonest = (
+        re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE) for text in (PAGES["messages.md"], of_readme)
+    )
+    assert len(commonest) >= 8 and set(commonest) <= set(quoted)
+    return quoted
 
 
 TRIGGERED = ("server.py: no dataset", "server.py: cannot listen", "server.py: another", "waiting for", "no server at",
              "client.py: there is no", "curves:")  # fmt: skip
 
 
-def test_lines_that_the_readme_explains_are_printed(shown):
+def test_lines_that_the_docs_explain_are_printed(shown):
     """Those that cost no more than a start of a script are caused here; of all, what is fixed stands in the sources."""
     quoted = quoted_lines()
     lock = FileLock(str(shown.ckps("Tiny") / "server.lock"))
@@ -357,6 +361,13 @@ def test_lines_that_the_readme_explains_are_printed(shown):
         line = line.replace(" is nan,", "").replace("; trying again", "")  # a value; and what is added to all of these
         for part in line.split("…"):
             assert any(part.strip(" :") in text for text in texts), (line, part)
+
+
+def test_docs_explain_all_columns_and_read_them_so(shown, capsys):
+    assert [name for name in {*COLUMNS, *CLIENT_COLUMNS} if f"`{name}`" not in PAGES["files.md"]] == []
+    code = re.search(r"```python\n(.*?)```", PAGES["report.md"], re.DOTALL)[1]
+    exec(code.replace("ckps/CIFAR10", str(shown.ckps("Tiny"))), {})
+    assert "test_accuracy" in capsys.readouterr().out
 
 
 def test_pictures_have_something_to_show(shown):

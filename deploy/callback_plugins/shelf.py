@@ -42,10 +42,10 @@ def check_types(own):
     for name in own:
         meant = difflib.get_close_matches(name, KNOWN, 1, 0.85)
         if meant and name not in KNOWN:
-            raise Problem(f"{name} is not known: is {meant[0]} meant?")
+            raise Problem(f"{name} is unknown: do you mean {meant[0]}?")
     for name in set(own).intersection(TEXTS):
         if isinstance(own[name], bool) or not isinstance(own[name], (str, int)) or own[name] == "":
-            raise Problem(f"{name} is {json.dumps(own[name], default=str)}, not a text: put it in quotes")
+            raise Problem(f"{name} is {json.dumps(own[name], default=str)}, not text: put it in quotes")
         if re.search(r"[\n\r]", str(own[name])):
             raise Problem(f"{name} has more than one line")
     if "cid" not in own:
@@ -53,7 +53,7 @@ def check_types(own):
     if isinstance(own["cid"], bool) or not re.fullmatch(r"0|[1-9]\d*", str(own["cid"])):
         raise Problem(f"cid {own['cid']} is not a whole number from 0 up")
     if "server_address" not in own:
-        raise Problem("no server_address: say in the inventory how the devices reach the server")
+        raise Problem("no server_address: write into the inventory how the devices reach the server")
     for name, shape, what in (
         ("server_address", r"[\w.:%\[\]-]+", "neither a name nor an IP address"),
         ("server_port", r"[1-9]\d{0,4}", "not a number from 1 to 65535"),
@@ -110,7 +110,7 @@ def check_wheelhouse(wheelhouse, suite):
             raise Problem(f"wheelhouse {wheelhouse} is not a folder with wheels on this machine")
     elif not wheelhouse.startswith("https://"):
         if os.environ.get("INSECURE") != "1":
-            raise Problem(f"wheelhouse {wheelhouse} is not safe on the way: take https, a folder, or say INSECURE=1")
+            raise Problem(f"anyone on the network can change what {wheelhouse} sends: use https, or INSECURE=1")
 
 
 def check_file(name, path):
@@ -128,7 +128,7 @@ def check_file(name, path):
             ssl.create_default_context(cafile=path)
             until = x509.load_pem_x509_certificate(content).not_valid_after_utc
         except (ssl.SSLError, ValueError):
-            raise Problem(f"{name} {path} is not a certificate: it is to be the server's ca.pem") from None
+            raise Problem(f"{name} {path} is not a certificate: give the server's ca.pem") from None
         if until < datetime.datetime.now(datetime.UTC):
             raise Problem(f"{name} {path} has expired, on {until:%Y-%m-%d %H:%M} UTC")
 

@@ -1,4 +1,4 @@
-"""The README's steps for Flower's deployment engine, as they stand there, with TLS and registered keys, on loopback."""
+"""Flower's deployment engine by the steps of docs/engines.md, with TLS and registered keys, on loopback."""
 
 import shlex
 import shutil
@@ -9,14 +9,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import NUM_CLIENTS, NUM_ROUNDS, compare, train_by_scripts
-from helpers import Process, Suite, commands_in_readme, free_port, history, lines
+from helpers import Process, Suite, commands_in, free_port, history, lines
 
 TOOLS = Path(sys.executable).parent
 
 
 def commands():
-    """The commands of the README's section, in order."""
-    return commands_in_readme("Devices on Flower's deployment engine", "deploy/", "ssh-keygen", "flower-", "flwr ")
+    """The commands of the page's section, in order."""
+    section = "Devices on Flower's deployment engine"
+    return commands_in("docs/engines.md", section, "deploy/", "ssh-keygen", "flower-", "flwr ")
 
 
 class Shelf:
@@ -28,7 +29,7 @@ class Shelf:
         suite.env.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 
     def words(self, command, number=0, cid=None, folder=None):
-        """A command of the README as it is for this shelf: for the device with the key `number`, its cid and folder."""
+        """A command of the page as it is for this shelf: for the device with the key `number`, its cid and folder."""
         fits = {
             "0.0.0.0": "127.0.0.1",
             "LAPTOP_IP": "127.0.0.1",
@@ -51,7 +52,7 @@ class Shelf:
         return process
 
     def write_config(self):
-        """Flower's file in which the README's `laptop` is this machine."""
+        """Flower's file in which the page's `laptop` is this machine."""
         (self.suite.root / "flower").mkdir()
         config = f'[superlink.laptop]\naddress = "127.0.0.1:{self.port}"\n'
         config += f'root-certificates = "{self.suite.root}/certificates/ca.pem"\n'

@@ -10,23 +10,21 @@ import subprocess
 import time
 
 import pytest
-from helpers import ROOT, Process
+from helpers import ROOT, Process, commands_in
 from roots import CACHE, Root, debian, emulate_arm64, need, tell
 
 GIT = '#!/bin/sh\ncp -r /mnt/laptop/FL-IoT "$3" # git clone URL FOLDER\n'
-SCP = '#!/bin/sh\ncp "/mnt/laptop/${1#*:}" "$2"\n'
+SCP = '#!/bin/sh\ncp "/mnt/laptop/FL-IoT/$1" "/mnt/${2#*:}" # scp FILE pi@BOARD:FOLDER, from the laptop\n'
 
 
 def readme_steps(cid, port):
     """The lines that the README gives for one board by hand, for this test's dataset, cid and port."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### 2. The shelf\n")[1].split("\n### ")[0]
-    block = next(block for block in re.findall(r"(?:^ {4}.*\n)+", section, re.MULTILINE) if "setup_device.sh" in block)
-    steps = re.sub(r"^ {4}", "", block, flags=re.MULTILINE).replace("<this repository>", "laptop")
-    for written, here in (("LAPTOP_IP", "127.0.0.1"), ("CIFAR10", "Tiny"), ("client_3", f"client_{cid}")):
+    steps = "\n".join(commands_in("README.md", "2. Set up three boards by hand"))
+    fits = {"<this repository>": "laptop", "LAPTOP_IP": "127.0.0.1", "CIFAR10": "Tiny", "client_2": f"client_{cid}"}
+    for written, here in {**fits, "--cid 2": f"--cid {cid} --server_port {port}"}.items():
         assert written in steps
         steps = steps.replace(written, here)
-    assert "--cid 3" in steps
-    return steps.replace("--cid 3", f"--cid {cid} --server_port {port}").strip().splitlines()
+    return steps.splitlines()
 
 
 @pytest.fixture
@@ -56,10 +54,10 @@ def test_the_readmes_steps_on_two_cores(board, suite, shapes_zip):
 
     clients = []
     for cid, core in enumerate(("cortex-a53", "cortex-a72")):
-        clone, setup, fetch, start = readme_steps(cid, suite.port)
+        clone, setup, copy, unpack, start = readme_steps(cid, suite.port)
         if cid:
             clone = "cd FL-IoT"  # the same board with another core: what was installed has to run there too
-        script = f"set -eux; cd /mnt; {clone}; {setup}; {fetch}; exec {start}"
+        script = f"set -eux; cd /mnt; {clone}; {setup}; {copy}; {unpack}; exec {start}"
         clients.append(Process(board.command("bash", "-c", script, QEMU_CPU=core), suite.root / core, suite.env, "/"))
         started = time.monotonic()
         tell(f"{core}: {setup}")

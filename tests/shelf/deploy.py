@@ -13,7 +13,7 @@ import time
 
 import pytest
 from devices import ADDRESS, Shelf, in_lab
-from helpers import ROOT, Process, Suite, commands_in_readme, write_images
+from helpers import ROOT, Process, Suite, commands_in, write_images
 from roots import fetch, need, tell
 
 NAMES = ["dev1", "dev2", "dev3"]
@@ -217,10 +217,10 @@ def test_new_code_is_all_that_is_copied(laptop, shelf):
     assert counts == {"dev1": 1} and tasks == {"copy the code"}
     before = [main_pid(device) for device in shelf.devices]
     counts, tasks = recap(laptop.make("deploy", "ARGS=--limit dev1 --tags code"))
-    assert counts == {"dev1": 2} and tasks == {"copy the code", "restart the client that runs what was here before"}
+    assert counts == {"dev1": 2} and tasks == {"copy the code", "restart the client, as what it runs has changed"}
     counts, tasks = recap(laptop.make("deploy"))
     assert counts == {"dev1": 0, "dev2": 2, "dev3": 2}
-    assert tasks == {"copy the code", "restart the client that runs what was here before"}
+    assert tasks == {"copy the code", "restart the client, as what it runs has changed"}
     assert not set(before) & {main_pid(device) for device in shelf.devices}
 
 
@@ -231,7 +231,7 @@ def test_deploy_that_was_cut_off_before_the_restart_is_made_good(laptop, dev1):
     with open(laptop.root / "client.py", "a") as file:
         file.write("# newer\n")
     _, tasks = recap(laptop.make("deploy", "ARGS=--limit dev1"))
-    assert tasks == {"restart the client that runs what was here before"}
+    assert tasks == {"restart the client, as what it runs has changed"}
     shutil.move(laptop.root / "client.py.old", laptop.root / "client.py")
     laptop.make("deploy", "ARGS=--limit dev1")
 
@@ -241,7 +241,7 @@ def test_new_partition_is_all_that_is_copied(laptop, dev1, tmp_path):
     laptop.partition("--dataset", "Tiny", "--source", images, "--num_clients", 3, "--bundles", "--seed", 7)
     counts, tasks = recap(laptop.make("deploy", "ARGS=--tags data"))
     assert counts == dict.fromkeys(NAMES, 3)
-    assert tasks == {"copy the bundle", "unpack the bundle", "restart the client that runs what was here before"}
+    assert tasks == {"copy the bundle", "unpack the bundle", "restart the client, as what it runs has changed"}
     assert dev1.ssh("sudo ls /opt/fl-iot/datasets/Tiny/train | wc -l").strip() == "180"
     assert recap(laptop.make("deploy"))[0] == dict.fromkeys(NAMES, 0)
 
@@ -334,7 +334,7 @@ def test_restart_and_stop(laptop, server, shelf):
 
 
 def test_one_variable_makes_supernodes_of_them(laptop, server, shelf):
-    """The README's steps on the laptop for Flower's deployment engine, and the playbook on the devices."""
+    """The steps of docs/engines.md on the laptop, for Flower's deployment engine, and the playbook on the devices."""
     server.kill()
     shutil.copy(ROOT / "pyproject.toml", laptop.root)
     inventory = (laptop.root / "shelf.ini").read_text()
@@ -359,7 +359,7 @@ def test_one_variable_makes_supernodes_of_them(laptop, server, shelf):
 
     section = "Devices on Flower's deployment engine"
     starts = ("deploy/", "flower-superlink", "ssh-keygen", "flwr supernode", "flwr run")
-    certificates, superlink, keygen, register, run = commands_in_readme(section, *starts)
+    certificates, superlink, keygen, register, run = commands_in("docs/engines.md", section, *starts)
     assert start(certificates).wait() == 0
     start(superlink).wait_for("Uvicorn running")
     for number in range(3):
