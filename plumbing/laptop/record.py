@@ -14,9 +14,20 @@ from typing import NamedTuple
 from plumbing.common.files import sync_folder
 from plumbing.common.process import say
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays
+from plumbing.laptop.drawing import try_to_draw
 from plumbing.laptop.earlier import Earlier, best_of, keep_best, move_aside
-from plumbing.laptop.history import CLIENT_COLUMNS, COLUMNS, FILES, Table, by_cid, client_rows, measured, read_clients
-from plumbing.laptop.pictures import draw_confusion, draw_devices, draw_metrics, try_to_draw
+from plumbing.laptop.history import (
+    CLIENT_COLUMNS,
+    COLUMNS,
+    FILES,
+    Table,
+    by_cid,
+    client_rows,
+    measured,
+    read_clients,
+    round_figures,
+)
+from plumbing.laptop.pictures import describe_run, draw_confusion, draw_devices, draw_metrics
 from plumbing.laptop.worker import Worker
 
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
@@ -119,14 +130,18 @@ class Files:
         save_checkpoint(path, self.model, {**self.about, "round": finished.row["round"], "metrics": metrics})
 
     def draw(self):
-        """Draw metrics.png and devices.png."""
-        started, title = time.monotonic(), self.about.get("dataset") or ""
-        try_to_draw(draw_metrics, self.history.rows, self.folder / "metrics.png", title)
-        try_to_draw(draw_devices, by_cid(self.clients.rows), self.folder / "devices.png", title)
+        """Draw the pictures of metrics and devices."""
+        started, title, resumed = time.monotonic(), describe_run(self.about), self.about.get("resumed_after", ())
+        try_to_draw(draw_metrics, self.history.rows, self._path_of("metrics"), title, resumed)
+        try_to_draw(draw_devices, by_cid(self.clients.rows), self._path_of("devices"), title)
         self.draw_at = time.monotonic() + max(DRAW_EVERY, 20 * (time.monotonic() - started))
 
+    def _path_of(self, picture):
+        """Return the path of a picture, by its name, in the format of --picture_format (drawing.picture)."""
+        return self.folder / f"{picture}.{self.about.get('args', {}).get('picture_format', 'png')}"
+
     def finish(self, count):
-        """Draw all pictures for the last time, also confusion.png, of the best model; `count` is GlobalTest's."""
+        """Draw all pictures for the last time, also that of the best model's mistakes; `count` is GlobalTest's."""
         if not self.history.rows or not self.exist():
             return
         self.draw()
@@ -147,8 +162,8 @@ class Files:
             return
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count(self.model)
-        title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
-        try_to_draw(draw_confusion, self.mistakes, self.about.get("classes"), self.folder / "confusion.png", title)
+        title = f"{describe_run(self.about)}\nbest model, of round {self.best_model['round']}"
+        try_to_draw(draw_confusion, self.mistakes, self.about.get("classes"), self._path_of("confusion"), title)
 
 
 class Record(Files):
@@ -225,6 +240,7 @@ class Record(Files):
         tested = [finished for finished in tested if finished.is_sound]
         if not tested:
             return
+        round_figures(tested)  # so tables, checkpoints and curves have the same ones
         self.save(tested)
         for finished in tested:
             for tell in self.on_saved:
