@@ -73,6 +73,16 @@ def test_make_simulate_refuses_before_it_installs(suite, args, words):
     assert not (suite.root / ".venv-simulation").exists()
 
 
+@pytest.mark.parametrize("args", [[], ["help"]])
+def test_make_says_what_it_can_do_and_how_long_that_takes(args):
+    done = subprocess.run(["make", "-C", ROOT, *args], capture_output=True, text=True, check=True, timeout=20)
+    targets = re.search(r"^\.PHONY: help (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert set(re.findall(r"^make (\S+)", done.stdout, re.MULTILINE)) == set(targets)
+    assert re.search(r"^make test .*about \d+ minutes", done.stdout, re.MULTILINE)
+    dry = subprocess.run(["make", "-n", "-C", ROOT, "test"], capture_output=True, text=True, timeout=20).stdout
+    assert re.search(r"^all tests take about \d+ minutes", dry, re.MULTILINE)
+
+
 def test_help_of_the_simulation_shows_no_flag_that_it_refuses():
     command = [sys.executable, ROOT / "deploy" / "simulate.py", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
