@@ -49,6 +49,7 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     output = (suite.root / "demo.log").read_text()
     assert output.count("CIFAR-10 is neither at hand nor reachable: rehearsing with Shapes10") == 1
     assert "Traceback" not in output and "round 2/2" in output
+    assert output.endswith("\nto see the curves, open ckps/demo-Shapes10/metrics.png\n")
     folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()

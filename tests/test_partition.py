@@ -258,7 +258,7 @@ def test_names_are_drawn_in_a_font_that_has_their_letters_and_else_as_numbers_wh
             pictures.draw_split(tmp_path / "x.svg", "\u732b", split, classes)
         assert legend[::-1] == ["cat", "1", "2"] * 2
         (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith("note: no font here has the letters of 2 class names") and "\u732b" in line
+        assert line.startswith("note: no font here has all letters of some classes") and "1 for \u732b, 2 " in line
         font_with("\u732b", tmp_path / "squares.ttf")
         font_manager.fontManager.addfont(tmp_path / "squares.ttf")
         drawing.fonts_for.cache_clear()

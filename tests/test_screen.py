@@ -232,7 +232,9 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     laptop.wait_for("--cid 0", timeout=120)
     command = laptop.out.replace("\r", "").split("run on the device:\n")[1]  # over lines that end in backslashes
     command = command[: command.index("--cid 0") + len("--cid 0")]
-    client = subprocess.Popen(shlex.split(command), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL)
+    client = subprocess.Popen(
+        shlex.split(command.replace("\\\n", "")), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL
+    )
     try:
         assert laptop.wait(120) == 0 and client.wait(30) == 0, laptop
     finally:

@@ -47,10 +47,11 @@ def name_classes(classes: tuple, limit: int) -> list[str]:
     """Return the names of `classes` for a picture. A name with letters that no font has becomes the class's number."""
     names = [plain(name, limit) for name in classes]
     _, missing = fonts_for(frozenset("".join(names)))
-    numbers = {number: name for number, name in enumerate(names) if missing & set(name)}
+    numbers = [number for number, name in enumerate(names) if missing & set(name)]
     if numbers:
-        some = ", ".join(f"{number} for {name}" for number, name in list(numbers.items())[:3])
-        say(f"note: no font here has the letters of {len(numbers)} class names; pictures have numbers instead: {some}")
+        some = ", ".join(f"{number} for {printable(classes[number], limit)}" for number in numbers[:5])
+        more = ", …" * (len(numbers) > 5)
+        say(f"note: no font here has all letters of some classes; pictures show their numbers: {some}{more}")
     return [str(number) if number in numbers else name for number, name in enumerate(names)]
 
 
