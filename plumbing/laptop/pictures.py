@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from plumbing.laptop.drawing import name_classes, picture, plain
-from plumbing.laptop.history import TIMES
+from plumbing.laptop.drawing import FORMATS, name_classes, picture, plain, try_to_draw
+from plumbing.laptop.history import TIMES, by_cid
 
 import numpy as np
 
@@ -26,6 +26,28 @@ def describe_run(about):
         epochs = f"{args['num_epochs']} epoch{'s' * (args['num_epochs'] != 1)} per round"
         title += f": {args['net']}, {args['num_clients']} clients, {epochs}"
     return title
+
+
+class Pictures:
+    """The pictures of a run in the folder `folder`. about: what its checkpoints say of it (state.save_checkpoint)."""
+
+    def __init__(self, folder, about):
+        self.folder, self.about = folder, about
+
+    def draw_rounds(self, rows, client_rows):
+        """Draw the rows of history.csv and of clients.csv."""
+        title, resumed = describe_run(self.about), self.about.get("resumed_after", ())
+        try_to_draw(draw_metrics, rows, self._path_of("metrics"), title, resumed)
+        try_to_draw(draw_devices, by_cid(client_rows), self._path_of("devices"), title)
+
+    def draw_best(self, mistakes, current):
+        """Draw the `mistakes` (engines.count_answers) of the best model, of the round `current`."""
+        title = f"{describe_run(self.about)}\nbest model, of round {current}"
+        try_to_draw(draw_confusion, mistakes, self.about.get("classes"), self._path_of("confusion"), title)
+
+    def _path_of(self, name):
+        kind = (self.about.get("args") or {}).get("picture_format", FORMATS[0])
+        return self.folder / f"{name}.{kind}"
 
 
 def best_row(rows):

@@ -14,20 +14,18 @@ from typing import NamedTuple
 from plumbing.common.files import sync_folder
 from plumbing.common.process import say
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays
-from plumbing.laptop.drawing import try_to_draw
 from plumbing.laptop.earlier import Earlier, best_of, keep_best, move_aside
 from plumbing.laptop.history import (
     CLIENT_COLUMNS,
     COLUMNS,
     FILES,
     Table,
-    by_cid,
     client_rows,
     measured,
     read_clients,
     round_figures,
 )
-from plumbing.laptop.pictures import describe_run, draw_confusion, draw_devices, draw_metrics
+from plumbing.laptop.pictures import Pictures
 from plumbing.laptop.worker import Worker
 
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
@@ -77,6 +75,7 @@ class Files:
         self.clients = Table(self.folder / "clients.csv", CLIENT_COLUMNS, rows and read_clients(source, last_round))
         self.best, self.best_path = best_of(source, last_round, about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
+        self.pictures = Pictures(self.folder, about)
         self.begun = False  # whether this run has saved anything
         self.best_model, self.mistakes = None, None  # at the end: best.ptl, and its GlobalTest.count
         self.draw_at = time.monotonic() + DRAW_EVERY
@@ -131,14 +130,9 @@ class Files:
 
     def draw(self):
         """Draw the pictures of metrics and devices."""
-        started, title, resumed = time.monotonic(), describe_run(self.about), self.about.get("resumed_after", ())
-        try_to_draw(draw_metrics, self.history.rows, self._path_of("metrics"), title, resumed)
-        try_to_draw(draw_devices, by_cid(self.clients.rows), self._path_of("devices"), title)
+        started = time.monotonic()
+        self.pictures.draw_rounds(self.history.rows, self.clients.rows)
         self.draw_at = time.monotonic() + max(DRAW_EVERY, 20 * (time.monotonic() - started))
-
-    def _path_of(self, picture):
-        """Return the path of a picture, by its name, in the format of --picture_format (drawing.picture)."""
-        return self.folder / f"{picture}.{self.about.get('args', {}).get('picture_format', 'png')}"
 
     def finish(self, count):
         """Draw all pictures for the last time, also that of the best model's mistakes; `count` is GlobalTest's."""
@@ -162,8 +156,7 @@ class Files:
             return
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count(self.model)
-        title = f"{describe_run(self.about)}\nbest model, of round {self.best_model['round']}"
-        try_to_draw(draw_confusion, self.mistakes, self.about.get("classes"), self._path_of("confusion"), title)
+        self.pictures.draw_best(self.mistakes, self.best_model["round"])
 
 
 class Record(Files):
