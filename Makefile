@@ -1,16 +1,28 @@
-# make demo    train with a server and clients on this machine (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set)
-# make simulate    train many clients on this machine, on Flower's simulation engine (these and ARGS can be set)
-# make test    lint, and all tests
-# make bench   measure speed and memory beside their references
-# make soak    train under a hail of faults, and without
-# make deploy INVENTORY=shelf.ini     bring code, bundles and the service to all devices (ARGS, WHEELHOUSE can be set)
-# make status, logs, restart, stop    of all clients, likewise with INVENTORY; VERBOSE=1 shows all that Ansible says
-# make test-arm64    the README's steps for a device, on emulated ARM cores       (these three: as root, on Debian;
-# make test-deploy   make deploy to three booted systems, with power cuts          what they fetch or make once is
-# make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11              kept in ~/.cache/fl-iot)
-# make test-engines  both of Flower's engines, for real                            (with Ray, which is heavy)
-# make test-newest   all tests with the newest of what requirements.txt lets in    (6 GB: the newest torch brings CUDA)
-# Each sets up .venv first, from python3 and a package registry. SETUP_PYTHON=python3.12 takes another Python.
+# make setup         set up .venv, which each of these does first where it is
+#                    missing: some minutes, from python3 and a package registry
+#                    (SETUP_PYTHON=python3.12 takes another Python)
+# make demo          train with a server and clients on this machine
+#                    (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set)
+# make simulate      train many clients on this machine, on Flower's simulation
+#                    engine (these and ARGS can be set)
+# make deploy        bring code, bundles and the service to all devices
+#                    (INVENTORY=shelf.ini; ARGS, WHEELHOUSE can be set)
+# make status        which clients run on them (with INVENTORY, like the next)
+# make logs          what these print
+# make restart       restart them
+# make stop          stop them (VERBOSE=1 shows all that Ansible says)
+# make test          lint, and all tests: about 8 minutes on 2 idle cores
+# make bench         measure speed and memory beside their references: minutes
+# make soak          train under a hail of faults, and without: about 5 minutes
+# make test-engines  both of Flower's engines, for real: about 4 minutes, and
+#                    Ray, which is heavy, to download
+# make test-newest   all tests with the newest of what requirements.txt lets in:
+#                    6 GB to download, as the newest torch brings CUDA
+# make test-arm64    the README's steps for a device, on emulated ARM cores
+# make test-deploy   make deploy to three booted systems, with power cuts
+# make test-interop  clients on Python 3.8, 3.10 and 3.13 beside 3.11
+#                    (these three: many minutes, as root, on Debian; what they
+#                    fetch or make once is kept in ~/.cache/fl-iot)
 
 SETUP_PYTHON ?= python3
 PYTHON := .venv/bin/python
@@ -19,8 +31,11 @@ ifneq ($(dir $(lastword $(MAKEFILE_LIST))),./)
 $(error run make in the suite's folder, or as make -C FOLDER)
 endif
 
-.PHONY: setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
+.PHONY: help setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
 export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE VERBOSE INSECURE
+
+help:
+	@sed -n '/^$$/q; s/^# //p' $(MAKEFILE_LIST)
 
 setup: .venv/setup
 
@@ -71,6 +86,8 @@ restart: .venv-deploy/setup
 
 stop: .venv-deploy/setup
 	$(PLAY) --tags stop deploy/manage.yml
+
+$(if $(filter test,$(MAKECMDGOALS)),$(info all tests take about 8 minutes on 2 idle cores))
 
 # Most tests wait, for time or for one another. The tests of a file share fixtures, so they stay on one worker.
 PARALLEL = --numprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -143,7 +143,7 @@ class Client(NumPyClient):
 
             # 4. Reply: parameters and figures, never an image.
             telemetry["fit_seconds"] = time.monotonic() - started
-            figures = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            figures = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("fit_loss", "eval_accuracy"))
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}  waited {self.waited:.1f} s"
             say(f"{title}  {figures}  {telemetry['fit_seconds']:.1f} s")
             self.waited = 0.0

@@ -23,7 +23,8 @@ BATCH_SIZES = {"fit": 32, "eval": 64, "test": 250}  # of training, and of measur
 
 def describe_in_checkpoint(info: dict) -> dict:
     """Return what a checkpoint says of the data that its net was trained on, from what describe_dataset returned."""
-    return {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
+    about = {"classes": info["classes"], "dataset_id": info["id"], "images": info["images"]}
+    return {**about, "partition": info["partition"]}
 
 
 def read_image(path):

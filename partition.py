@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 from libs import DATASETS, UserError, given_flags, new_parser, nonempty_path, np, number, run_script, say, tqdm
 from plumbing.common.images import prepare_image
-from plumbing.common.split import count_eval, image_digest, split_id, table_digest
-from plumbing.laptop.pictures import draw_split, try_to_draw
+from plumbing.common.split import count_eval, describe_partition, image_digest, split_id, table_digest
+from plumbing.laptop.drawing import FORMATS, try_to_draw
+from plumbing.laptop.pictures import draw_split
 from plumbing.laptop.split_files import replace_folder, show, write_bundle, write_table
 from plumbing.sources import Options, open_source
 
@@ -58,6 +59,8 @@ def parse_args():
     parser.add_argument("--skip_damaged", action="store_true", help=damaged_help)
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random choices")
     parser.add_argument("--bundles", action="store_true", help="also write a tar for each client, with all it needs")
+    picture_help = "draw partition.png as pdf or svg, too"
+    parser.add_argument("--picture_format", choices=FORMATS, default=FORMATS[0], help=picture_help)
     show_help = "write nothing; print how many images of each class each client has"
     parser.add_argument("--show", action="store_true", help=show_help)
     args, given = parser.parse_args(), given_flags(parser)
@@ -267,8 +270,9 @@ def write_dataset(folder, args):
         info["test_fraction"] = source.test_fraction
     info["id"] = split_id(info)
     (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="\n")
-    title = f"{args.dataset}, {args.partition}"
-    try_to_draw(draw_split, folder / "partition.png", title, info["split"], source.classes)
+    title = f"{args.dataset} ({describe_partition(info)}): {args.num_clients} clients"
+    picture = folder / f"partition.{args.picture_format}"
+    try_to_draw(draw_split, picture, title, info["split"], source.classes)
     if args.bundles:
         (folder / "bundles").mkdir()
         for cid, ids in enumerate(progress(shards, "bundles", len(shards))):

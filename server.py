@@ -202,6 +202,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     folder = ckps / args.dataset
     lock = start.hold_folder(folder, args.dataset)
     earlier = resume(find_run(folder, args.resume), model, about, load_checkpoint, args.allow_new_data)
+    about["resumed_after"] = [*earlier.resumed_after, earlier.last_round] if earlier.rows else []
     if args.fedbn:  # the names of this run and of those before, under which devices keep their batch norm
         about["fedbn"] = f"{secrets.token_hex(8)} {earlier.fedbn}".strip()
     target = Target(args.target_accuracy, earlier.last_round + 1 if args.allow_new_data else 1)

@@ -89,7 +89,7 @@ class Checked:
         self.save_ckp_path = self.record.path
         self.tries = collections.Counter()  # of each round: one in which nobody trained is run again, by others
         self.sent, self.config = kwargs["initial_parameters"], {}  # what the clients of the round train with
-        self.started, self.row = None, None  # of the current round; `row` once somebody trained in it, and then also:
+        self.started, self.row = math.nan, None  # of the current round; `row` once somebody trained in it, and also:
         self.arrays, self.clients = None, {}
 
     @property
@@ -176,8 +176,8 @@ class Checked:
             return
         row, self.row = self.row, None
         row["failures"], self.checks.failures = self.checks.failures, 0
-        if self.started is not None:
-            row["round_seconds"] = time.monotonic() - self.started
+        row["round_seconds"] = time.monotonic() - self.started
+        row["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.record.add(row, self.arrays, {cid: self.clients[cid] for cid in sorted(self.clients, key=cid_order)})
 
 

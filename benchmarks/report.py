@@ -91,7 +91,8 @@ def draw_figure(path):
     from plumbing.laptop.pictures import draw_metrics
 
     history, _ = read_figure()
-    draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, "CIFAR10")
+    title = "CIFAR10 (iid): LeNet5, 10 clients, 1 epoch per round"
+    draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, title)
     print(f"written: {path}")
 
 
@@ -306,13 +307,12 @@ def draw(path, about):
     axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rows)), [f"{row['bench']}: {row['name']}, against {row['against']}" for row in rows])
     axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.2, 1.5, 2, 3]
+    axes.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
+    ticks = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("ours / reference, logarithmic: median (dot), least to greatest (bar), goal (black mark)")
+    axes.set_xlabel("ours / reference, logarithmic: median (dot),\nleast to greatest (bar), goal (black mark)")
     machines = {f"{run['cpu']}, {run['cores']} cores, {run['date'][:10]}" for run in about["runs"].values()}
     axes.set_title("; ".join(sorted(machines)), fontsize=9)
     picture.savefig(path, dpi=120)
@@ -366,9 +366,10 @@ def draw_frontier(path):
 
     picture = Figure(figsize=(8, 4.5), layout="constrained")
     axes = picture.subplots()
-    for name, curve in read_curves().items():
-        axes.plot(curve.keys(), curve.values(), label=name)
-    axes.set(xlabel="round", ylabel="test accuracy")
+    for (name, curve), style in zip(read_curves().items(), ("-", "--", "-.", ":", "-"), strict=False):
+        axes.plot(curve.keys(), curve.values(), style, label=name.partition(" (")[0])
+    axes.set(xlabel="round", ylabel="accuracy of the global model on the test set")
+    axes.set_title("CIFAR10 (iid): 10 clients, 1 epoch per round", fontsize="large")
     axes.grid(alpha=0.3)
     axes.legend()
     picture.savefig(path, dpi=110)
@@ -423,7 +424,8 @@ def draw_skew(path):
     from matplotlib.figure import Figure
 
     methods, alphas, figures = skew_figures()
-    picture = Figure(figsize=(11, 4.2), layout="constrained")
+    picture = Figure(figsize=(9.6, 4.6), layout="constrained")
+    picture.suptitle("CIFAR10 (dirichlet): 10 clients, 40 rounds of 1 epoch, means of the last 5 rounds")
     titles = {"test_accuracy": "on the test set", "global_eval_accuracy": "on the devices' own images"}
     for axes, (measure, title) in zip(picture.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for place, alpha in enumerate(alphas):
@@ -431,14 +433,14 @@ def draw_skew(path):
                 values, height = figures[name, alpha, measure], row + 0.25 * place - 0.12
                 colour = f"C{place}"
                 axes.plot([min(values), max(values)], [height] * 2, color=colour, linewidth=4, alpha=0.35)
-                axes.plot(
-                    sum(values) / len(values), height, "o", color=colour, label=f"alpha {alpha}" if row == 0 else None
-                )
+                what = f"alpha {alpha}: mean of {len(values)} seeds (dot), least to greatest (bar)"
+                axes.plot(sum(values) / len(values), height, "o", color=colour, label=what if row == 0 else None)
+        axes.axvline(0.1, color="0.4", linestyle="--", linewidth=0.8, label="chance: 1 of 10 classes")
         axes.set_yticks(range(len(methods)), methods)
-        axes.set(xlabel=f"accuracy of the averaged model {title}")
+        axes.set(title=title, xlabel="accuracy of the global model", xlim=(0.08, None))
         axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
-    axes.legend()
+    picture.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
     picture.savefig(path, dpi=110)
     print(f"written: {path}")
 
@@ -519,20 +521,24 @@ def ways():
 def draw_growth(path):
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(10, 4), layout="constrained")
+    picture = Figure(figsize=(9.6, 4.6), layout="constrained")
+    picture.suptitle("A round, and the server's memory, by number of clients")
     times, memory = picture.subplots(1, 2)
-    for kind, label in (("simulation", "simulation, training"), ("scripts", "own server, idle clients")):
+    kinds = {"simulation": "make simulate, clients that train", "scripts": "server.py, clients that answer at once"}
+    for kind, label in kinds.items():
         measured = read_growth(kind)
         (line,) = times.plot(measured.keys(), [row["round_seconds"] for row in measured.values()], "o-", label=label)
         straight = straight_line(measured)
-        times.plot(straight.keys(), straight.values(), ":", color=line.get_color(), label="its straight line")
+        times.plot(straight.keys(), straight.values(), ":", color=line.get_color(), label="in proportion to clients")
         memory.plot(measured.keys(), [row["server_mib"] for row in measured.values()], "o-", label=label)
-    times.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds a round")
+    times.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds per round")
     memory.set(xscale="log", xlabel="clients", ylabel="server's peak memory, MiB")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.05 * memory.get_ylim()[1])
+    for axis in (times.xaxis, memory.xaxis, times.yaxis):
+        axis.set_major_formatter("{x:g}")
     for axes in (times, memory):
         axes.grid(alpha=0.3)
-    times.legend()
+    picture.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     picture.savefig(path, dpi=110)
     print(f"written: {path}")
 

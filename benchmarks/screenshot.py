@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import BUILD_ARCHIVE, HERE, Suite, leave_on_signals
 
-COLUMNS, NUM_CLIENTS, NUM_ROUNDS = 112, 10, 4
+COLUMNS, NUM_CLIENTS, NUM_ROUNDS = 80, 10, 4
 
 
 def read_all(terminal):
@@ -53,13 +53,13 @@ def draw(lines, path):
     width, height = (COLUMNS + 4) * 0.602 * size / 72, (len(lines) + 1) * 1.25 * size / 72
     figure = Figure(figsize=(width, height), facecolor="#1e1e1e")
     for number, line in enumerate(lines):
-        place = 1 - (number + 0.5) / (len(lines) + 1)
+        place = 1 - (number + 1.1) / (len(lines) + 1)
         look = {
             "family": "DejaVu Sans Mono",
             "fontsize": size,
             "color": "#7ec699" if line.startswith("$") else "#e6e6e6",
         }
-        figure.text(2 / (COLUMNS + 4), place, line.replace("$", r"\$"), va="top", **look)
+        figure.text(2 / (COLUMNS + 4), place, line.replace("$", r"\$"), va="baseline", **look)
     figure.savefig(path, dpi=170, facecolor=figure.get_facecolor())
     print(f"written: {path}")
 
@@ -70,6 +70,7 @@ def main():
         root = Path(folder) / "FL-IoT"
         root.mkdir()
         suite = Suite(root)
+        (root / ".venv").symlink_to(sys.prefix)
         try:
             subprocess.run([sys.executable, BUILD_ARCHIVE, folder], check=True)
             suite.partition("--source", f"{folder}/cifar-10-python.tar.gz", "--num_clients", NUM_CLIENTS, timeout=600)
@@ -78,7 +79,7 @@ def main():
             command = ["server.py", "--server_port", str(suite.port), "--num_rounds", str(NUM_ROUNDS)]
             env = {**suite.env, "TERM": "xterm", "COLUMNS": str(COLUMNS)}
             place = {"cwd": suite.root, "env": env, "stdin": subprocess.DEVNULL, "stdout": theirs, "stderr": theirs}
-            server = subprocess.Popen([sys.executable, *command], **place)
+            server = subprocess.Popen([root / ".venv/bin/python", *command], **place)
             os.close(theirs)
             for cid in range(NUM_CLIENTS):
                 suite.client(cid)

@@ -31,7 +31,8 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 "$python" server.py --server_port "$port" --dataset "$dataset" --num_clients "$num_clients" --num_rounds "$num_rounds" &
 server=$!
 processes+=("$server")
-echo "each client is a process of its own; what it prints is in ckps/$dataset/client_<cid>.log"
+echo "each client is a process of its own, and prints to
+    ckps/$dataset/client_<cid>.log"
 mkdir -p "ckps/$dataset"
 for ((cid = 0; cid < num_clients; cid++)); do
     "$python" client.py --server_port "$port" --dataset "$dataset" --cid "$cid" --num_threads 1 \
@@ -40,5 +41,8 @@ for ((cid = 0; cid < num_clients; cid++)); do
 done
 wait "$server"
 code=$?
-[ "$code" -ne 0 ] || wait
+if [ "$code" -eq 0 ]; then
+    wait
+    echo "to see the curves, open ckps/$dataset/metrics.png"
+fi
 exit "$code"

@@ -279,8 +279,8 @@ def wandb_history(folder):
 
 
 def as_logged(rows):
-    """A table like history.csv under the names that wandb has: `clients` is num_clients there."""
-    return rows.rename(columns={"clients": "num_clients"})
+    """A table like history.csv under the names that wandb has: `clients` is num_clients, and it has its own times."""
+    return rows.rename(columns={"clients": "num_clients"}).drop(columns="finished_at")
 
 
 def wandb_steps(folder):

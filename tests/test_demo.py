@@ -54,6 +54,7 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     )
     for line in shown[1].splitlines():  # the same but for its numbers
         assert re.search("^" + re.sub(r"\d+", r"\\d+", re.escape(line)) + "$", output, re.MULTILINE), line
+    assert output.endswith("\nto see the curves, open ckps/demo-Shapes10/metrics.png\n")
     folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()
@@ -76,6 +77,16 @@ def test_make_simulate_refuses_before_it_installs(suite, args, words):
     done = subprocess.run(command, cwd=suite.root, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2 and done.stderr.startswith(f"simulate.py: {words}"), done
     assert not (suite.root / ".venv-simulation").exists()
+
+
+@pytest.mark.parametrize("args", [[], ["help"]])
+def test_make_says_what_it_can_do_and_how_long_that_takes(args):
+    done = subprocess.run(["make", "-C", ROOT, *args], capture_output=True, text=True, check=True, timeout=20)
+    targets = re.search(r"^\.PHONY: help (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert set(re.findall(r"^make (\S+)", done.stdout, re.MULTILINE)) == set(targets)
+    assert re.search(r"^make test .*about \d+ minutes", done.stdout, re.MULTILINE)
+    dry = subprocess.run(["make", "-n", "-C", ROOT, "test"], capture_output=True, text=True, timeout=20).stdout
+    assert re.search(r"^all tests take about \d+ minutes", dry, re.MULTILINE)
 
 
 def test_help_of_the_simulation_shows_no_flag_that_it_refuses():

@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 
 from libs import UserError
-from plumbing.laptop import pictures
+from plumbing.laptop import drawing, pictures
 from plumbing.sources import official
 from plumbing.sources.shapes import draw_shapes
 
@@ -33,9 +33,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from helpers import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -200,7 +203,10 @@ def test_partition_png_shows_each_class_of_each_client_as_high_as_its_count(make
 
 @pytest.fixture
 def legend(monkeypatch):
-    """The names in the legends of the pictures that are drawn."""
+    """The names in the legends of the pictures that are drawn, with the fonts that matplotlib brings alone."""
+    fonts = font_manager.fontManager
+    monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name.startswith("DejaVu")])
+    drawing.fonts_for.cache_clear()
     names, real = [], Figure.legend
 
     def legend(figure, handles, labels, **kwargs):
@@ -209,7 +215,8 @@ def legend(monkeypatch):
         return drawn
 
     monkeypatch.setattr(Figure, "legend", legend)
-    return names
+    yield names
+    drawing.fonts_for.cache_clear()
 
 
 def test_names_of_classes_are_drawn_as_they_are_whatever_letters_they_have(tmp_path, legend):
@@ -218,8 +225,46 @@ def test_names_of_classes_are_drawn_as_they_are_whatever_letters_they_have(tmp_p
         warnings.simplefilter("error")
         pictures.draw_split(tmp_path / "x.png", "$_$ \u732b", [[1, 0, 3, 1, 1, 1, 1], [0, 2, 0, 1, 1, 1, 1]], classes)
     assert (tmp_path / "x.png").stat().st_size > 5000
-    names = ["_unknown_", r"\$10-\$20", r"rich \$_\$ face", "a?[2J b", "\u732b", "?", "x" * 29 + "…"]
+    names = ["_unknown_", r"\$10-\$20", r"rich \$_\$ face", "a?[2J b", "4", "?", "x" * 29 + "…"]
     assert [name.strip() for name in legend[::-1]] == names
+
+
+def font_with(letters, path):
+    """Write a font in which each of the `letters` is a square."""
+    square, pen = TTGlyphPen(None), FontBuilder(1000, isTTF=True)
+    square.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        square.lineTo(corner)
+    square.closePath()
+    pen.setupGlyphOrder([".notdef", "square"])
+    pen.setupCharacterMap({ord(letter): "square" for letter in letters})
+    pen.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": square.glyph()})
+    pen.setupHorizontalMetrics({".notdef": (600, 0), "square": (600, 0)})
+    pen.setupHorizontalHeader(ascent=800, descent=-200)
+    pen.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    pen.setupOS2()
+    pen.setupPost()
+    pen.save(path)
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters_and_else_as_numbers_which_is_said_once(
+    tmp_path, legend, capsys
+):
+    classes, split = ["cat", "\u732b", "\u72ac, a dog"], [[1, 2, 3]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            pictures.draw_split(tmp_path / "x.svg", "\u732b", split, classes)
+        assert legend[::-1] == ["cat", "1", "2"] * 2
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("note: no font here has all letters of some classes") and "1 for \u732b, 2 " in line
+        font_with("\u732b", tmp_path / "squares.ttf")
+        font_manager.fontManager.addfont(tmp_path / "squares.ttf")
+        drawing.fonts_for.cache_clear()
+        drawing.name_classes.cache_clear()
+        for kind in ("png", "svg", "pdf"):
+            pictures.draw_split(tmp_path / f"x.{kind}", "\u732b", split, classes)
+    assert legend[:-7:-3] == ["cat", "cat"] and legend[-1:-4:-1] == ["cat", "\u732b", "2"]
 
 
 def test_thousand_classes_of_a_thousand_clients_are_drawn_in_seconds(tmp_path):

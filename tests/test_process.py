@@ -3,7 +3,9 @@
 import concurrent.futures
 import gc
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 
 from plumbing.common import arguments
+from plumbing.common.process import fold
 from plumbing.device import machine
 from plumbing.device.connection import Connection
 from plumbing.device.task import Task
@@ -25,6 +28,34 @@ import client
 from nets import LeNet5
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal.
+
+LONG = (  # what is printed, and as it is folded into 60 columns
+    (
+        "curves are kept offline; send them later with: '/a b/bin/wandb' sync '/a b/FL-IoT/wandb/offline-run-2026'",
+        "curves are kept offline; send them later with:\n"
+        "    '/a b/bin/wandb' sync \\\n    '/a b/FL-IoT/wandb/offline-run-2026'",
+    ),
+    (
+        "the device's rounds and the clients': 40 of 40, fit 1234.5 s (median), evaluate 0.1 s, 62 °C",
+        "the device's rounds and the clients': 40 of 40, fit 1234.5 s\n    (median), evaluate 0.1 s, 62 °C",
+    ),
+    (
+        "model: /home/pi/FL-IoT/ckps/D/server.ptl; and /a/path/that/is/longer/than/the/sixty/columns/that/there/are",
+        "model: /home/pi/FL-IoT/ckps/D/server.ptl; and\n"
+        "    /a/path/that/is/longer/than/the/sixty/columns/that/there/are",
+    ),
+)
+
+
+@pytest.mark.parametrize("line, folded", LONG)
+def test_long_lines_are_folded_between_words_and_commands_can_still_be_copied(line, folded):
+    assert fold(line, 60) == folded
+    command = re.search(r"\n    ('.*)", folded, re.DOTALL)
+    assert command is None or shlex.split(command[1].replace("\\\n", "")) == shlex.split(line.split("with: ")[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from plumbing.common.state import get_arrays, save_checkpoint
 from plumbing.laptop import worker
 from plumbing.laptop.curves import as_curves
 from plumbing.laptop.earlier import Earlier, best_of, kept_runs, move_aside, resume
-from plumbing.laptop.history import FILES, read_history
+from plumbing.laptop.history import CLIENT_COLUMNS, FILES, read_history
 from plumbing.laptop.record import Record, Round
 from plumbing.laptop.screen import describe_clients, show_end
 from plumbing.laptop.wandb_file import logged_steps
@@ -97,6 +97,16 @@ def test_no_figure_that_a_device_can_send_ends_the_drawing(tmp_path, value):
     record.close()
     assert (tmp_path / "metrics.png").stat().st_size > 1000
     assert list(pd.read_csv(tmp_path / "history.csv")["fit_loss"]) == [value, value]
+
+
+def test_tables_have_six_digits_and_whole_numbers_as_they_are(tmp_path):
+    record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
+    told = {"examples": 24, "fit_loss": 2 / 3e9, "fit_seconds": 1234567.25, "throttled": float(2**20 - 1)}
+    record.add({"round": 1, **FIGURES, "fit_loss": 2 / 3}, get_arrays(record.model), {"0": told})
+    record.close()
+    row, own = (pd.read_csv(tmp_path / name, dtype=str).iloc[0] for name in ("history.csv", "clients.csv"))
+    assert [row["fit_loss"], own["fit_loss"], own["fit_seconds"]] == ["0.666667", "6.66667e-10", "1234570.0"]
+    assert int(float(own["throttled"])) == 2**20 - 1 and own["examples"] == "24"
 
 
 def test_pictures_that_fail_do_not_fail_the_record(tmp_path, monkeypatch, capsys):
@@ -371,7 +381,10 @@ def test_two_runs_that_go_on_from_one_have_complete_curves_each(tiny):
         run_id = torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["wandb_run_id"]
         steps = [s["_step"] for path, part in steps_of(tiny).items() if path.name.endswith(run_id) for s in part]
         assert steps == [1, 2, 3, 4], server
-        assert list(pd.read_csv(tiny.ckps("Tiny") / "history.csv")["round"]) == [1, 2, 3, 4]
+        rows = pd.read_csv(tiny.ckps("Tiny") / "history.csv", parse_dates=["finished_at"])
+        assert list(rows["round"]) == [1, 2, 3, 4] and rows["finished_at"].is_monotonic_increasing
+        assert abs(time.time() - rows["finished_at"].iloc[-1].timestamp()) < 60
+        assert torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["resumed_after"] == [2]
         assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
         assert (tiny.ckps("Tiny") / "best.ptl").exists()
     assert len(list((tiny.root / "ckps").glob("Tiny.*"))) == 3
@@ -379,6 +392,7 @@ def test_two_runs_that_go_on_from_one_have_complete_curves_each(tiny):
     train(tiny, "--resume", num_rounds=5)
     ((_, steps),) = steps_of(tiny).items()
     assert [step["_step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert torch.load(tiny.ckps("Tiny") / "server.ptl", weights_only=True)["resumed_after"] == [2, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,16 +560,36 @@ def test_best_starts_anew_on_new_data(tiny, shapes_zip):
 
 
 @pytest.mark.parametrize("number", [100, 101])
-def test_no_more_than_a_hundred_clients_have_curves_and_lines_of_their_own(tmp_path, capsys, number):
+def test_no_more_than_a_hundred_clients_have_curves_of_their_own(tmp_path, capsys, number):
     logged = {}
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: logged.update(as_curves(*saved))])
     told = {str(cid): {"examples": 5, "fit_loss": 1.0, "fit_seconds": 1.0 + cid} for cid in range(number)}
     record.add({"round": 1, **FIGURES}, get_arrays(record.model), told)
     record.close()
     show_end(record)
-    out = capsys.readouterr().out
-    shown = [f"clients/{cid}/fit_loss" in logged for cid in told], [f"cid {cid}: 1 of 1" in out for cid in told]
-    assert shown == ([number <= 100] * number, [number <= 100] * number)
-    assert (f"the figures of each of {number} clients are in clients.csv" in out) == (number > 100)
-    assert f"slowest device: cid {number - 1}, fit {number:.1f} s" in out and logged["fit/loss"] == 1.5
-    assert len(pd.read_csv(tmp_path / "clients.csv")) == number
+    assert [f"clients/{cid}/fit_loss" in logged for cid in told] == [number <= 100] * number
+    assert f"slowest device: cid {number - 1}, fit {number:.1f} s" in capsys.readouterr().out
+    assert logged["fit/loss"] == 1.5 and len(pd.read_csv(tmp_path / "clients.csv")) == number
+
+
+def test_from_eight_devices_on_only_those_that_stand_out_have_a_line():
+    def shown(number, odd):
+        known = {"fit_seconds": 2.0, "eval_seconds": 0.5, "wait_seconds": 1.0, "cpu_temp_c": 60.0, "throttled": 0.0}
+        rows = [
+            {**dict.fromkeys(CLIENT_COLUMNS, math.nan), "examples": 5, "round": current, "cid": str(cid), **known}
+            for current in range(1, 11)
+            for cid in range(number)
+        ]
+        for cid, figures in odd.items():
+            for row in rows:
+                row.update(figures if row["cid"] == cid else {})
+        return describe_clients([row for row in rows if row["cid"] != "6" or row["round"] <= row.get("last", 10)], 10)
+
+    odd = {"1": {"fit_seconds": 4.0}, "3": {"cpu_temp_c": 81.0}, "4": {"throttled": 1.0}, "6": {"last": 5}}
+    assert [line.split(":")[0] for line in shown(7, {})] == [*(f"cid {cid}" for cid in range(7)), "slowest device"]
+    assert shown(8, {})[0] == "no device stands out; clients.csv has the figures of each"
+    lines = shown(8, odd)
+    assert lines[0] == "cid 1: 10 of 10 rounds, fit 4.0 s (median), evaluate 0.5 s, waiting 1.0 s, 60 °C at most"
+    assert [line.split(" of")[0] for line in lines[1:-2]] == ["cid 3: 10", "cid 4: 10", "cid 6: 5"]
+    assert lines[-2] == "the 4 others do not stand out; clients.csv has the figures of each"
+    assert lines[-1] == "slowest device: cid 1, fit 4.0 s, the others 2.0 s, the last in 100% of rounds"

@@ -344,6 +344,7 @@ def test_stopped_server_leaves_all_up_to_the_last_finished_round(killed, name, c
     assert state["picture"] and sorted(steps) == list(range(1, last + 1)) and last in wandb_steps(state["folders"][-1])
     assert f"stopping ({name};" in state["server"].out and state["server"].err == ""
     assert str(killed.ckps("Tiny") / "server.ptl") in state["server"].out
+    assert state["server"].out.endswith(f"\nstopped after round {last}; continue with --resume\n")
 
 
 def test_picture_is_drawn_anew_at_each_stop(killed):

@@ -228,21 +228,23 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     secret.chmod(0o600)
     flags = ["--secret_file", secret, "--certificates", tiny.root / "certificates", "--server_port", tiny.port]
     args = [tiny.root / "server.py", "--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 3, *flags]
-    laptop = tiny.start("-c", ON_TERMINAL, sys.executable, *args)
+    laptop = tiny.start("-c", ON_TERMINAL, sys.executable, *args, env={"COLUMNS": "80"})
     laptop.wait_for("--cid 0", timeout=120)
-    (line,) = lines(laptop, "run on the device: ")
-    command = line.strip().removeprefix("run on the device: ")
-    assert f"--server_port {tiny.port} --dataset Tiny" in command
-    client = subprocess.Popen(shlex.split(command), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL)
+    command = laptop.out.replace("\r", "").split("run on the device:\n")[1]  # over lines that end in backslashes
+    command = command[: command.index("--cid 0") + len("--cid 0")]
+    client = subprocess.Popen(
+        shlex.split(command.replace("\\\n", "")), cwd=tiny.root, env=tiny.env, stdout=subprocess.DEVNULL
+    )
     try:
         assert laptop.wait(120) == 0 and client.wait(30) == 0, laptop
     finally:
         client.kill()
-    row = history(tiny).iloc[-1]
-    bar = laptop.out.replace("\r", "\n")
-    figures = f"fit {row['fit_accuracy']:.3f} eval {row['eval_accuracy']:.3f} test {row['test_accuracy']:.3f}"
-    assert re.search(rf"^round 3/3 .*{re.escape(figures)}, \d+\.\d s/round, 00:00 to go$", bar, re.MULTILINE)
-    assert "round 1/3  fit_loss" not in bar
+    row, said = history(tiny).iloc[-1], laptop.out.replace("\r", "\n")
+    figures = "  ".join(f"{name} {row[name]:.3f}" for name in ("fit_loss", "test_loss", "test_accuracy"))
+    assert re.search(rf"^round 3/3  {re.escape(figures)}  \d+\.\d s$", said, re.MULTILINE), laptop
+    assert re.search(r"^round 3/3 █+ \d+\.\d s per round, 00:00 to go$", said, re.MULTILINE), laptop
+    too_long = [line for line in said.splitlines() if len(line) > 80]
+    assert all(len(line.split()) == 1 or line.endswith(" \\") for line in too_long), too_long  # long paths
 
 
 def arguments(monkeypatch, *args):
@@ -397,6 +399,35 @@ def row_of(current, value):
     return {name: value for name in COLUMNS} | {"round": current}
 
 
+@pytest.mark.parametrize("kind, others", [("png", []), ("pdf", [b"%PDF"]), ("svg", [b"<?xml"])])
+def test_pictures_come_as_png_and_in_the_format_that_is_asked_for_and_no_other_is_left(tmp_path, kind, others):
+    for name in ("pdf", "svg"):
+        (tmp_path / f"metrics.{name}").write_text("of an earlier run")
+    pictures.draw_metrics([row_of(1, 0.5)], tmp_path / f"metrics.{kind}", "D")
+    starts = [path.read_bytes()[:10] for path in sorted(tmp_path.iterdir(), key=lambda path: path.suffix != ".png")]
+    assert len(starts) == 1 + len(others)
+    assert all(start.startswith(magic) for start, magic in zip(starts, [b"\x89PNG", *others]))
+
+
+def test_metrics_say_what_was_trained_what_is_best_and_where_the_run_was_resumed(tmp_path, drawn):
+    args = {"net": "LeNet5", "num_clients": 10, "num_epochs": 1}
+    title = pictures.describe_run({"dataset": "D", "partition": "dirichlet, alpha 0.5", "args": args})
+    rows = [row_of(current, current / 10) for current in range(1, 6)]
+    pictures.draw_metrics(rows, tmp_path / "metrics.png", title, [2, 5])  # no round has followed the last one
+    assert drawn[0].get_suptitle() == "D (dirichlet, alpha 0.5): LeNet5, 10 clients, 1 epoch per round"
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "local training (fit)",
+        "local evaluation (eval)",
+        "global model on devices (global_eval)",
+        "global model on test set (test)",
+        "best: the highest test accuracy, 0.500 in round 5",
+        "resumed after round 2",
+    ]
+    for axes in drawn[0].axes:
+        assert [list(line.get_xdata()) for line in axes.lines[5:]] == [[2.5, 2.5]]
+
+
 @pytest.mark.parametrize("rounds", [1, 5, 300])
 def test_metrics_have_their_look_and_the_best_round_is_marked(tmp_path, drawn, rounds):
     rows = [row_of(current, 1 - 1 / (current + 1)) for current in range(1, rounds + 1)]
@@ -419,22 +450,28 @@ def test_a_figure_between_gaps_is_seen(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("num_devices, rounds", [(1, 1), (10, 60), (100, 60)])
-def test_the_straggler_stands_out(tmp_path, drawn, num_devices, rounds):
-    clients = {}
+def test_the_straggler_stands_out_and_nothing_is_hidden(tmp_path, drawn, num_devices, rounds):
+    clients, slow = {}, num_devices // 2
     for cid in range(num_devices):
-        slow = cid == num_devices // 2
-        times = {"fit_seconds": 12.0 if slow else 4.0, "eval_seconds": 0.5, "wait_seconds": 1.0 if slow else 9.0}
+        times = {"fit_seconds": 12.0 if cid == slow else 4.0, "eval_seconds": 0.5, "wait_seconds": 9.0}
         clients[str(cid)] = [{"round": current, **times} for current in range(1, rounds + 1)]
-    clients["0"][0]["fit_seconds"] = 900.0  # a pause, which is not to hide the rest
+    clients["0"][0]["fit_seconds"] = 900.0  # a pause, which is to be seen, and not to hide the rest
     pictures.draw_devices(clients, tmp_path / "devices.png", "D")
-    for axes, sign in ((drawn[0].axes[0], 1), (drawn[0].axes[2], -1)):
-        (image,) = axes.images
-        brightness = image.to_rgba(image.get_array())[:, -1, :3].sum(axis=-1)
-        others = np.delete(brightness, num_devices // 2)
-        assert (sign * (brightness[num_devices // 2] - others) > 0.5).all()
-    for value in (float("nan"), 1.7e308, -1e308):
-        clients = {"0": [{"round": 3, **dict.fromkeys(TIMES, value)}]}
-        pictures.draw_devices(clients, tmp_path / "absurd.png", "D")
+    (axes,) = drawn[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert f"cid {slow}" in labels and len(labels) == min(num_devices, 50)
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    medians = {round(line.get_ydata()[0]): line.get_xdata()[0] for line in dots[: len(labels)]}
+    assert medians.pop(labels.index(f"cid {slow}")) == (12.0 if rounds > 1 else 900.0)
+    assert set(medians.values()) <= {4.0}
+    assert max(max(line.get_xdata()) for line in axes.lines) == 900.0 < axes.get_xlim()[1]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert not any(one.overlaps(other) for one, other in zip(boxes, boxes[1:]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.7e308, -1e308])
+def test_absurd_times_end_no_drawing(tmp_path, drawn, value):
+    pictures.draw_devices({"0": [{"round": 3, **dict.fromkeys(TIMES, value)}]}, tmp_path / "absurd.png", "D")
 
 
 @pytest.mark.parametrize("num_classes, share, rows", [(2, 0, 4), (100, 0, 100**2), (300, 0, 300), (300, 1, None)])
@@ -466,7 +503,9 @@ def test_confusions_are_drawn_for_any_number_of_classes(tmp_path, drawn, num_cla
     names = [f"${name}^ \u65e5" for name in range(num_classes)]
     pictures.draw_confusion(counts, names, tmp_path / "confusion.png", "D")
     axes = drawn[0].axes[0]
-    assert len(axes.texts) == (num_classes**2 if num_classes <= 20 else 0)
+    (bar,) = axes.child_axes
+    assert bar.get_window_extent().height == pytest.approx(axes.get_window_extent().height)
+    assert len(axes.texts) == (np.count_nonzero(counts) if num_classes <= 20 else 0)
     np.testing.assert_allclose(axes.images[0].get_array()[0], counts[0] / counts[0].sum())
     text = list_accuracies(counts, names)
     assert "nan" not in text and text.count(",") < 12

@@ -12,7 +12,7 @@ from helpers import Suite, as_logged, wandb_folders, wandb_history
 
 COLUMNS = (
     "round fit_loss fit_accuracy eval_loss eval_accuracy global_eval_loss global_eval_accuracy "
-    "test_loss test_accuracy clients failures round_seconds"
+    "test_loss test_accuracy clients failures round_seconds finished_at"
 ).split()
 
 
@@ -34,7 +34,7 @@ def test_history_has_a_row_a_round_with_every_figure(trained):
     history = pd.read_csv(trained.ckps("CIFAR10") / "history.csv")
     assert list(history.columns) == COLUMNS
     assert list(history["round"]) == [1, 2, 3]
-    assert np.isfinite(history.to_numpy()).all()
+    assert np.isfinite(history.drop(columns="finished_at").to_numpy()).all() and history["finished_at"].notna().all()
     assert (history["clients"] == 3).all() and (history["failures"] == 0).all()
     assert history["fit_loss"].is_monotonic_decreasing
     assert history["test_accuracy"].iloc[-1] > 0.2  # ten classes: chance is 0.1
@@ -119,11 +119,11 @@ def test_a_strategy_that_needs_more_clients_says_so(tiny):
 
 
 def seeded_history(suite, *args):
-    """The rows of a run of two rounds with two clients, without the seconds."""
+    """The rows of a run of two rounds with two clients, without the times."""
     server = suite.server("--dataset", "Tiny", "--num_clients", 2, "--num_rounds", 2, *args)
     clients = [suite.client(cid, "--dataset", "Tiny") for cid in range(2)]
     assert [process.wait() for process in (server, *clients)] == [0, 0, 0]
-    return pd.read_csv(suite.ckps("Tiny") / "history.csv").drop(columns="round_seconds")
+    return pd.read_csv(suite.ckps("Tiny") / "history.csv").drop(columns=["round_seconds", "finished_at"])
 
 
 def test_seed_makes_a_run_reproducible(tiny):

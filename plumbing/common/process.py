@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -103,12 +105,12 @@ def run_script(main: Callable[[], int]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
         code = 2
     except ModuleNotFoundError as error:
         if explain_missing(error) is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {explain_missing(error)}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {explain_missing(error)}", sys.stderr)
         code = 2
     sys.stdout.flush()
     if hasattr(on_signal, "writer"):
@@ -117,9 +119,33 @@ def run_script(main: Callable[[], int]) -> None:
 
 
 def say(text: str, file=None) -> None:
-    """Print a line at once, above any progress bars."""
-    tqdm.write(text, file=file or sys.stdout)
-    (file or sys.stdout).flush()
+    """Print a line at once, above any progress bars; on a terminal, folded if it is too long."""
+    file = file or sys.stdout
+    columns = shutil.get_terminal_size((0, 0)).columns if file.isatty() else 0
+    lines = text.split("\n")
+    tqdm.write("\n".join(fold(line, columns) if 0 < columns < len(line) else line for line in lines), file=file)
+    file.flush()
+
+
+def fold(line: str, columns: int) -> str:
+    """Break a line between words, but not before a number or a unit, so that no part of it is longer than `columns`.
+
+    A command to copy, at its end, stays one: it begins a line of its own, and is continued after backslashes.
+    """
+    text, command = re.fullmatch(r"(.*?)((?<=: )(?:'[^']*/|\S*/)?(?:python|wandb|cp)'? .*)?", line, re.DOTALL).groups()
+    folded = "\n".join(fill(text.rstrip(), columns))
+    return folded if command is None else f"{folded}\n    " + " \\\n".join(fill(command, columns - 6))
+
+
+def fill(text, columns):
+    """Return lines of whole words; all but the first are indented."""
+    lines = [""]
+    for word in re.findall(r"\s*(?:(?<!\w)'[^']*'|\S)+(?: (?=[\d.]|s\b|°C)\S+)*", text):
+        if lines[-1] and len(lines[-1] + word) > columns:
+            lines.append("    " + word.lstrip())
+        else:
+            lines[-1] += word
+    return lines
 
 
 def quiet_flower():

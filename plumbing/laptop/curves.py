@@ -32,6 +32,7 @@ def as_curves(row, clients):
     clients: {cid: {name: figure}}; no page can show the curves of more than MANY clients.
     """
     row = {"num_clients" if name == "clients" else name: value for name, value in measured(row).items()}
+    row.pop("finished_at", None)  # wandb has times of its own
     figures = {**row, **{SECTIONS[name]: value for name, value in row.items() if name in SECTIONS}}
     for cid, own in clients.items() if len(clients) <= MANY else ():
         figures.update({f"clients/{cid}/{name}": own[name] for name in own if name != "examples"})

@@ -26,12 +26,14 @@ class Earlier:
     rows: of its history.csv, one for each of its rounds.
     run_id: of its run in Weights & Biases.
     fedbn: its name on its devices, "" if these keep nothing for it (--fedbn).
+    resumed_after: the rounds after which it was itself resumed.
     """
 
     folder: Path | None = None
     rows: list[dict] = dataclasses.field(default_factory=list)
     run_id: str | None = None
     fedbn: str = ""
+    resumed_after: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def last_round(self):
@@ -90,7 +92,8 @@ def resume(folder: Path | None, model, about: dict, load, allow_new_data: bool =
             raise ValueError(f"{other}; --allow_new_data continues with the new data")
         model.load_state_dict(saved.state_dict())
         rows = read_history(folder, checkpoint["round"], checkpoint["metrics"])
-        return Earlier(folder, rows, checkpoint["wandb_run_id"], checkpoint.get("fedbn", ""))
+        again = [current for current in checkpoint.get("resumed_after", ()) if current < len(rows)]
+        return Earlier(folder, rows, checkpoint["wandb_run_id"], checkpoint.get("fedbn", ""), again)
     except ValueError as error:
         raise UserError(f"cannot resume from {path}: {error}") from None
     except Exception as error:  # whatever load_state_dict makes of files that are not ours

@@ -40,6 +40,8 @@ class Run:
             text = f"{record.about['dataset']}, after round {len(record.history.rows)}: {printable(why)}"
             self.curves.alert("the run ended early", text)
         show_results(record, self.curves)
+        if code and record.exist():
+            say(f"stopped after round {len(record.history.rows)}; continue with --resume")
         return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plumbing.common.arguments import given_flags, nonempty_path
 from plumbing.common.process import UserError, printable, say
+from plumbing.laptop.drawing import FORMATS
 
 # Flags that --resume does not take from the checkpoint: where the server is reached, which run this is, what it prints.
 OF_THE_MOMENT = ("dataset", "server_address", "server_port", "resume", "allow_new_data", "verbose")
@@ -20,6 +21,7 @@ def add_run_flags(add):
         "and those that are given; `off` and --no-fedbn turn off what was on (default: off)",
     )
     add("--allow_new_data", action="store_true", help="resume even if the data changed")
+    add("--picture_format", choices=FORMATS, default=FORMATS[0], help="draw all pictures as pdf or svg, too")
     add("--verbose", action="store_true", help="show Flower's log, too")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from plumbing.common.files import atomic_write
 from plumbing.common.process import say
+from plumbing.laptop.drawing import FORMATS
 
 FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
 TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
-COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds")  # of history.csv
+COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds", "finished_at")  # of history.csv
 TIMES = {"fit_seconds": "fit", "eval_seconds": "evaluate", "wait_seconds": "waiting"}  # and how people read them
 TELEMETRY = {  # what a device tells of itself, and the range in which that can be true
     **dict.fromkeys(TIMES, (0, 1e7)),
@@ -24,13 +25,22 @@ TELEMETRY = {  # what a device tells of itself, and the range in which that can 
     "load": (0, 1e5),
 }
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)  # of clients.csv
-FILES = ("server.ptl", "best.ptl", "history.csv", "clients.csv", "metrics.png", "confusion.png", "devices.png")
+PICTURES = tuple(f"{name}.{kind}" for kind in FORMATS for name in ("metrics", "confusion", "devices"))
+FILES = ("server.ptl", "best.ptl", "history.csv", "clients.csv", *PICTURES)
 MANY = 100  # clients; the figures of each of more than these are in clients.csv alone
 
 
 def measured(row):
-    """Return the figures of a row that were measured: the others are nan."""
-    return {name: value for name, value in row.items() if not math.isnan(value)}
+    """Return the figures of a row that were measured: the others are nan, which equals nothing."""
+    return {name: value for name, value in row.items() if value == value}
+
+
+def round_figures(rounds):
+    """Round all fractions of finished `rounds` (record.Round) to six digits, in place."""
+    for finished in rounds:
+        for figures in (finished.row, *finished.clients.values()):
+            fractions = {name: value for name, value in figures.items() if isinstance(value, float) and value % 1}
+            figures.update({name: float(f"{value:.6g}") for name, value in fractions.items()})
 
 
 def cid_order(cid):
@@ -111,8 +121,8 @@ def read_table(path):
     """
 
     def parse(name, text):
-        if name == "cid":
-            return text
+        if name in ("cid", "finished_at"):
+            return text or math.nan
         return int(text) if text.isdecimal() else float(text or "nan")
 
     header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 
-from plumbing.common.files import atomic_write
-from plumbing.common.process import printable, say
-from plumbing.laptop.history import TIMES
+from plumbing.laptop.drawing import FORMATS, name_classes, picture, plain, try_to_draw
+from plumbing.laptop.history import TIMES, by_cid
 
 import numpy as np
 
-STYLES = {"fit": "C0-", "eval": "C1--", "global_eval": "C2-.", "test": "C3:"}
+CURVES = {  # how the figures of a model are drawn, and what people call them
+    "fit": ("C0-", "local training (fit)"),
+    "eval": ("C1--", "local evaluation (eval)"),
+    "global_eval": ("C2-.", "global model on devices (global_eval)"),
+    "test": ("C3:", "global model on test set (test)"),
+}
+MOST_DEVICES = 50  # in one picture
 
 
-def plain(text, limit: int = 120) -> str:
-    """Return a text for matplotlib, to which dollars are a formula, and a label that begins with "_" is hidden."""
-    return re.sub("^_", " _", printable(text, limit)).replace("$", r"\$")
+def describe_run(about):
+    """Return what was trained on what, for a title. about: what its checkpoints say of a run; any of it may miss."""
+    title, args = about.get("dataset") or "", about.get("args") or {}
+    title += f" ({about['partition']})" if about.get("partition") else ""
+    if {"net", "num_clients", "num_epochs"} <= set(args):
+        epochs = f"{args['num_epochs']} epoch{'s' * (args['num_epochs'] != 1)} per round"
+        title += f": {args['net']}, {args['num_clients']} clients, {epochs}"
+    return title
 
 
-@contextlib.contextmanager
-def picture(path: Path, width: float, height: float, title: str):
-    """Give a figure of matplotlib, in inches, to draw on. It becomes the PNG `path` when the block ends."""
-    from matplotlib.figure import Figure  # half a second that nothing else needs
+class Pictures:
+    """The pictures of a run in the folder `folder`. about: what its checkpoints say of it (state.save_checkpoint)."""
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(plain(title))
-    yield figure
-    with warnings.catch_warnings(), atomic_write(path) as part:
-        warnings.simplefilter("ignore")  # of letters that its font lacks
-        figure.savefig(part, format="png", dpi=110)
+    def __init__(self, folder, about):
+        self.folder, self.about = folder, about
 
+    def draw_rounds(self, rows, client_rows):
+        """Draw the rows of history.csv and of clients.csv."""
+        title, resumed = describe_run(self.about), self.about.get("resumed_after", ())
+        try_to_draw(draw_metrics, rows, self._path_of("metrics"), title, resumed)
+        try_to_draw(draw_devices, by_cid(client_rows), self._path_of("devices"), title)
 
-def try_to_draw(draw: Callable, *args) -> None:
-    """Call `draw(*args)`, which draws a picture. If it fails, only print that: no run ends because of a picture."""
-    try:
-        draw(*args)
-    except Exception as error:
-        say(f"warning: {draw.__name__} failed, so its picture is missing: {printable(error)}")
+    def draw_best(self, mistakes, current):
+        """Draw the `mistakes` (engines.count_answers) of the best model, of the round `current`."""
+        title = f"{describe_run(self.about)}\nbest model, of round {current}"
+        try_to_draw(draw_confusion, mistakes, self.about.get("classes"), self._path_of("confusion"), title)
+
+    def _path_of(self, name):
+        kind = (self.about.get("args") or {}).get("picture_format", FORMATS[0])
+        return self.folder / f"{name}.{kind}"
 
 
 def best_row(rows):
@@ -50,77 +56,104 @@ def best_row(rows):
     return max(tested, key=lambda row: row["test_accuracy"], default=None)
 
 
-def draw_metrics(rows, path, title):
-    """Draw the `rows` of history.csv, [{"round", …}, …], into `path`: loss and accuracy, and where it was best."""
+def draw_metrics(rows, path, title, resumed=()):
+    """Draw the `rows` of history.csv, [{"round", …}, …], into `path`: loss and accuracy, and where it was best.
+
+    resumed: the rounds after which the run was resumed.
+    """
     rounds, best = [row["round"] for row in rows], best_row(rows)
-    with picture(path, 11, 4.4, title) as figure:
+    resumed = [current for current in resumed if current < rounds[-1]]
+    with picture(path, (9.6, 4.8), title) as figure:
         for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-            for name, style in STYLES.items():
+            for name, (style, _) in CURVES.items():
                 values = np.array([row[f"{name}_{measure}"] for row in rows], float)
                 values[~(np.abs(values) < 1e30)] = math.nan  # or no axis fits
                 there = np.concatenate([[False], np.isfinite(values), [False]])
                 alone = there[1:-1] & ~there[:-2] & ~there[2:]  # a number between two gaps, which no line shows
                 marked = alone | (len(rows) < 20)
                 axes.plot(rounds, values, style, marker=".", markevery=marked, label=f"{name}_{measure}")
+            names = [name for _, name in CURVES.values()]
             if best is not None:
-                label = f"best: round {best['round']}, {best['test_accuracy']:.3f}" if measure == "accuracy" else None
-                axes.axvline(best["round"], color="0.6", linewidth=0.8, zorder=0)
-                axes.plot(best["round"], best[f"test_{measure}"], "k*", markersize=10, label=label)
+                names.append(f"best: the highest test accuracy, {best['test_accuracy']:.3f} in round {best['round']}")
+                axes.plot(best["round"], best[f"test_{measure}"], "k*", markersize=10, zorder=3)
+            for current in resumed:
+                axes.axvline(current + 0.5, color="0.4", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            if resumed:
+                where = f"after round {', '.join(map(str, resumed))}" if len(resumed) <= 5 else f"{len(resumed)} times"
+                names.append(f"resumed {where}")
             axes.set(xlabel="round", ylabel=measure)
             axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.grid(alpha=0.3)
-            axes.legend()
+        figure.legend(axes.lines[: len(names)], names, loc="outside lower center", ncols=2)
 
 
 def draw_devices(clients, path, title):
-    """Draw into `path` how long each device trained, evaluated and waited in each round.
+    """Draw into `path` how long each device trained, evaluated and waited per round: the medians, and their spread.
 
-    `clients` are the rows of clients.csv, {cid: [row, …]}. A device that was slow has a bright line under fit, and
-    waits least; white is a round without it.
+    clients: the rows of clients.csv, {cid: [row, …]}. Of more than MOST_DEVICES, those that train longest are drawn.
     """
-    rounds = [row["round"] for rows in clients.values() for row in rows]
-    if not rounds:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    seconds = {cid: {name: usable(row[name] for row in rows) for name in TIMES} for cid, rows in clients.items()}
+    kinds = {name: kind for name, kind in TIMES.items() if any(own[name] for own in seconds.values())}
+    if not kinds:
         return
-    first, last = min(rounds), max(rounds)
-    height, title = min(2.4 + 0.22 * len(clients), 9), f"{title}: seconds of each device in each round"
-    with picture(path, 11, height, title) as figure:
-        for axes, name, what in zip(figure.subplots(1, 3, sharey=True), *zip(*TIMES.items())):
-            seconds = np.full((len(clients), last - first + 1), math.nan)
-            for line, rows in zip(seconds, clients.values()):
-                line[[row["round"] - first for row in rows]] = [row[name] for row in rows]
-            seconds = seconds.clip(0, 1e6)
-            known = [line[np.isfinite(line)] for line in seconds]
-            # By what is usual for the slowest, so that one long pause does not darken all the rest.
-            most = max([0.01] + [1.25 * np.median(line) for line in known if len(line)])
-            extent = (first - 0.5, last + 0.5, len(clients) - 0.5, -0.5)
-            image = axes.imshow(seconds, aspect="auto", interpolation="nearest", vmin=0, vmax=most, extent=extent)
-            figure.colorbar(image, ax=axes, location="bottom", extend="max", label="s")
-            axes.set(title=what, xlabel="round")
-            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-            step = math.ceil(len(clients) / 30)
-            axes.set_yticks(range(0, len(clients), step), [f"cid {cid}" for cid in list(clients)[::step]])
+    longest = sorted(clients, key=lambda cid: np.median(seconds[cid]["fit_seconds"] or [0]), reverse=True)
+    cids = [cid for cid in clients if cid in longest[:MOST_DEVICES]]
+    which = f" (the {len(cids)} of {len(clients):,} that trained longest)" if len(cids) < len(clients) else ""
+    size = 9.6, 1.7 + len(cids) * min(max(8 / len(cids), 0.2), 0.5)
+    with picture(path, size, f"{title}\nseconds of each device per round{which}") as figure:
+        axes, lines = figure.subplots(), {}
+        for place in range(0, len(cids), 2):  # shaded, to tell which lines belong to which device
+            axes.axhspan(place - 0.5, place + 0.5, color="0.95")
+        for lane, (name, kind) in enumerate(kinds.items()):
+            for place, cid in enumerate(cids):
+                if own := seconds[cid][name]:
+                    height = [place + (lane - (len(kinds) - 1) / 2) * 0.25] * 2
+                    axes.plot([min(own), max(own)], height, f"C{lane}", linewidth=1)
+                    axes.plot(np.percentile(own, (10, 90)), height, f"C{lane}", linewidth=4, alpha=0.4)
+                    (lines[kind],) = axes.plot(np.median(own), height[0], f"C{lane}o", markersize=4)
+        most = max(map(len, clients.values()))
+        rounds = [f": {len(clients[cid])} of {most} rounds" if len(clients[cid]) < most else "" for cid in cids]
+        axes.set_yticks(range(len(cids)), [plain(f"cid {cid}{text}", 40) for cid, text in zip(cids, rounds)])
+        axes.set(xscale="log", ylim=(len(cids) - 0.5, -0.5))
+        axes.set_xlim(axes.get_xlim()[0] / 2, axes.get_xlim()[1] * 2)  # or there is no tick where all took as long
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("seconds, logarithmic: median (dot), 8 of 10 rounds (thick), all rounds (thin)")
+        axes.grid(axis="x", alpha=0.3)
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+
+
+def usable(seconds):
+    """Return those of the `seconds` that were measured, within what a logarithmic axis can show."""
+    return [min(max(value, 1e-3), 1e6) for value in seconds if not math.isnan(value)]
 
 
 def draw_confusion(counts, classes, path, title):
     """Draw `counts` (engines.count_answers) into `path`: a row a class, a column what its images were taken for."""
-    names = [plain(name, 20) for name in classes or range(len(counts))]
+    names = name_classes(tuple(classes or range(len(counts))), 20)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    right, all_images = np.trace(counts), max(counts.sum(), 1)
-    with picture(path, 8, 7, f"{title}: accuracy {right / all_images:.3f} on {all_images:,} test images") as figure:
+    title += f": accuracy {np.trace(counts) / max(counts.sum(), 1):.3f} on {counts.sum():,} test images"
+    with picture(path, (9.2, 5 if len(counts) <= 4 else 8), title, names) as figure:
         axes = figure.subplots()
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        figure.colorbar(image, ax=axes, label="share of the images of a class")
-        axes.set(xlabel="what the model says", ylabel="class, and how many of its images are found")
-        step = math.ceil(len(counts) / 40)
+        bar = figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)))  # as tall as the matrix
+        bar.set_label("share of the images of the true class")
+        axes.set(xlabel="predicted class", ylabel="true class (recall)")
+        step = math.ceil(len(counts) / 50)
         found = [
-            f"{name}  {'–' if math.isnan(share) else f'{share:.2f}'}" for name, share in zip(names, accuracies(counts))
+            f"{name} ({'–' if math.isnan(share) else f'{share:.2f}'})" for name, share in zip(names, accuracies(counts))
         ]
         slope = 45 if len(counts) <= 20 else 90
-        axes.set_xticks(range(0, len(counts), step), names[::step], rotation=slope, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(0, len(counts), step), found[::step])
-        for (row, column), count in np.ndenumerate(counts if len(counts) <= 20 else np.zeros((0, 0))):
+        size = "medium" if len(counts) <= 20 else "small"
+        style = {"rotation": slope, "ha": "right", "rotation_mode": "anchor", "fontsize": size}
+        axes.set_xticks(range(0, len(counts), step), names[::step], **style)
+        axes.set_yticks(range(0, len(counts), step), found[::step], fontsize=size)
+        for row, column in np.argwhere(counts) if len(counts) <= 20 else ():
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, count, color=colour, ha="center", va="center", fontsize="small")
+            axes.text(column, row, counts[row, column], color=colour, ha="center", va="center", fontsize="small")
 
 
 def draw_split(path, title, split, classes):
@@ -141,16 +174,19 @@ def draw_split(path, title, split, classes):
         bars[np.arange(len(bars)) % width < 2] = bars[np.arange(len(bars)) % width >= width - 2] = np.nan
     name = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "nipy_spectral"
     colours = matplotlib.colormaps[name].resampled(max(len(classes), 10 if name == "tab10" else 20))
-    with picture(path, 9, 4.2, title) as figure:
+    names = name_classes(tuple(classes), 30) if len(classes) <= 20 else []
+    with picture(path, (9, 4.2), title, names) as figure:
         axes = figure.subplots()
         extent, limits = (-0.5, len(split) - 0.5, 0, highest), (-0.5, colours.N - 0.5)
         style = {"aspect": "auto", "interpolation": "nearest", "origin": "lower", "extent": extent}
         image = axes.imshow(bars.T, colours, vmin=limits[0], vmax=limits[1], **style)
         axes.set(xlabel="cid", ylabel="images")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(split) <= 20:
+            axes.set_xticks(range(len(split)))
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if len(classes) <= 20:
             handles = [Patch(color=colours(label)) for label in range(len(classes))]
-            names = [plain(called, 30) for called in classes]
             figure.legend(handles[::-1], names[::-1], loc="outside right upper")
         else:
             figure.colorbar(image, ax=axes, label="class, by its number in dataset.json")

@@ -15,8 +15,17 @@ from plumbing.common.files import sync_folder
 from plumbing.common.process import say
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays
 from plumbing.laptop.earlier import Earlier, best_of, keep_best, move_aside
-from plumbing.laptop.history import CLIENT_COLUMNS, COLUMNS, FILES, Table, by_cid, client_rows, measured, read_clients
-from plumbing.laptop.pictures import draw_confusion, draw_devices, draw_metrics, try_to_draw
+from plumbing.laptop.history import (
+    CLIENT_COLUMNS,
+    COLUMNS,
+    FILES,
+    Table,
+    client_rows,
+    measured,
+    read_clients,
+    round_figures,
+)
+from plumbing.laptop.pictures import Pictures
 from plumbing.laptop.worker import Worker
 
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
@@ -66,6 +75,7 @@ class Files:
         self.clients = Table(self.folder / "clients.csv", CLIENT_COLUMNS, rows and read_clients(source, last_round))
         self.best, self.best_path = best_of(source, last_round, about)
         self.goes_on = last_round > 0 and source.resolve() == self.folder.resolve()
+        self.pictures = Pictures(self.folder, about)
         self.begun = False  # whether this run has saved anything
         self.best_model, self.mistakes = None, None  # at the end: best.ptl, and its GlobalTest.count
         self.draw_at = time.monotonic() + DRAW_EVERY
@@ -119,14 +129,13 @@ class Files:
         save_checkpoint(path, self.model, {**self.about, "round": finished.row["round"], "metrics": metrics})
 
     def draw(self):
-        """Draw metrics.png and devices.png."""
-        started, title = time.monotonic(), self.about.get("dataset") or ""
-        try_to_draw(draw_metrics, self.history.rows, self.folder / "metrics.png", title)
-        try_to_draw(draw_devices, by_cid(self.clients.rows), self.folder / "devices.png", title)
+        """Draw the pictures of metrics and devices."""
+        started = time.monotonic()
+        self.pictures.draw_rounds(self.history.rows, self.clients.rows)
         self.draw_at = time.monotonic() + max(DRAW_EVERY, 20 * (time.monotonic() - started))
 
     def finish(self, count):
-        """Draw all pictures for the last time, also confusion.png, of the best model; `count` is GlobalTest's."""
+        """Draw all pictures for the last time, also that of the best model's mistakes; `count` is GlobalTest's."""
         if not self.history.rows or not self.exist():
             return
         self.draw()
@@ -147,8 +156,7 @@ class Files:
             return
         self.model.load_state_dict(self.best_model["model"])
         self.mistakes = count(self.model)
-        title = f"{self.about.get('dataset') or ''}: the best model, of round {self.best_model['round']}"
-        try_to_draw(draw_confusion, self.mistakes, self.about.get("classes"), self.folder / "confusion.png", title)
+        self.pictures.draw_best(self.mistakes, self.best_model["round"])
 
 
 class Record(Files):
@@ -225,6 +233,7 @@ class Record(Files):
         tested = [finished for finished in tested if finished.is_sound]
         if not tested:
             return
+        round_figures(tested)  # so tables, checkpoints and curves have the same ones
         self.save(tested)
         for finished in tested:
             for tell in self.on_saved:

@@ -1,22 +1,27 @@
-"""What the user sees of the rounds on the terminal: a bar or lines, and a summary at the end."""
+"""What the user sees of the rounds on the terminal: a line per round above a bar, and a summary at the end."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import shutil
 import statistics
 import sys
 
 from plumbing.common.process import printable, say
-from plumbing.laptop.history import FILES, MANY, TIMES, by_cid, power_trouble
+from plumbing.laptop.history import FILES, TIMES, by_cid, power_trouble
 from plumbing.laptop.pictures import accuracies
 
 from tqdm import tqdm
 
+MANY_LINES = 8  # devices, of which only those that stand out have a line at the end
+SLOW = 1.5  # times as long as the median device
+HOT = 80  # °C, at which a Raspberry Pi slows down
+
 
 class Progress:
-    """One bar on a terminal, one line per round otherwise."""
+    """A line per round, and below them a bar if this is a terminal."""
 
     def __init__(self, num_rounds, last_round):
         self.num_rounds, self.seconds = num_rounds, collections.deque(maxlen=9)  # the seconds of the last rounds
@@ -25,19 +30,16 @@ class Progress:
         self.bar = tqdm(total=num_rounds, initial=last_round, disable=not sys.stderr.isatty(), **options)
 
     def show_round(self, row, clients=None):
-        """Show a row of history.csv."""
+        """Show a row of history.csv, in 80 columns."""
+        figures = "  ".join(f"{name} {row[name]:.3f}" for name in ("fit_loss", "test_loss", "test_accuracy"))
+        say(f"round {row['round']}/{self.num_rounds}  {figures}  {row['round_seconds']:.1f} s")
         if self.bar.disable:
-            names = ("fit_loss", "fit_accuracy", "eval_accuracy", "test_accuracy")
-            figures = "  ".join(f"{name} {row[name]:.3f}" for name in names)
-            counts = f"{row['clients']} clients, {row['failures']} failures, {row['round_seconds']:.1f} s"
-            say(f"round {row['round']}/{self.num_rounds}  {figures}  ({counts})")
             return
         self.seconds.append(row["round_seconds"])
         usual = statistics.median(self.seconds)
-        figures = " ".join(f"{name} {row[f'{name}_accuracy']:.3f}" for name in ("fit", "eval", "test"))
         to_go = tqdm.format_interval(usual * (self.num_rounds - row["round"]))
         self.bar.ncols = shutil.get_terminal_size().columns - 1
-        self.bar.bar_format = f"round {{n_fmt}}/{{total_fmt}} {{bar}} {figures}, {usual:.1f} s/round, {to_go} to go"
+        self.bar.bar_format = f"round {{n_fmt}}/{{total_fmt}} {{bar}} {usual:.1f} s per round, {to_go} to go"
         self.bar.update()
 
     def show_drop(self, current, cid, reason):
@@ -48,43 +50,53 @@ class Progress:
 
 
 def show_end(record):
-    """Print what the clients and the best model of a closed Record were like, and where its files are."""
+    """Print what came of a closed Record: its best model, where its files are, and what its clients were like."""
     if not record.exist():
         say("no round is finished, nothing is saved")
         return
-    for line in describe_clients(record.clients.rows, len(record.history.rows)):
-        say(line)
     if record.best_model is not None:
         current, accuracy = record.best_model["round"], record.best_model["metrics"]["test_accuracy"]
         say(f"best round: {current} of {len(record.history.rows)}, test_accuracy {accuracy:.3f}")
         say(f"its accuracy by class: {list_accuracies(record.mistakes, record.about.get('classes'))}")
     beside = [name for name in FILES if name != record.path.name and (record.folder / name).exists()]
     say(f"model: {record.path}; beside it {', '.join(beside)}")
+    for line in describe_clients(record.clients.rows, len(record.history.rows)):
+        say(line)
 
 
 def describe_clients(rows, num_rounds):
     """Return lines on the clients of `num_rounds` rounds; `rows` are those of clients.csv."""
-    trained = [row for row in rows if not math.isnan(row["examples"])]  # the others only evaluated
-    longest = {}  # round: its longest fit
-    for row in trained:
-        longest[row["round"]] = max(row["fit_seconds"], longest.get(row["round"], -1.0))
-    lines, usual = [], {}
-    for cid, all_rows in by_cid(rows).items():
-        fits = [row for row in all_rows if not math.isnan(row["examples"])]
-        seconds = known(fits, "fit_seconds")
-        facts = [f"{len(fits)} of {num_rounds} rounds"]
-        if seconds:
-            usual[cid] = statistics.median(seconds)
-            share = sum(row["fit_seconds"] == longest[row["round"]] for row in fits) / len(fits)
-            facts.append(f"fit {usual[cid]:.1f} s (median), the slowest in {share:.0%}")
-        lines.append(f"cid {cid}: {', '.join(facts + describe_device(fits))}")
-    if len(lines) > MANY:
-        lines = [f"the figures of each of {len(lines):,} clients are in clients.csv"]
+    clients = by_cid(rows)
+    fits = {cid: [row for row in own if not math.isnan(row["examples"])] for cid, own in clients.items()}
+    usual = {cid: statistics.median(seconds) for cid in fits if (seconds := known(fits[cid], "fit_seconds"))}
+    shown = clients
+    if len(clients) >= MANY_LINES:
+        limit = SLOW * statistics.median(usual.values()) if usual else math.inf
+        slow = {cid for cid in usual if usual[cid] > limit}
+        shown = [cid for cid, own in clients.items() if cid in slow or stands_out(own, num_rounds)]
+    lines = []
+    for cid in shown:
+        facts = [f"{len(fits[cid])} of {num_rounds} rounds"] + [f"fit {usual[cid]:.1f} s (median)"] * (cid in usual)
+        lines.append(f"cid {cid}: {', '.join(facts + describe_device(fits[cid]))}")
+    if len(shown) < len(clients):
+        others = f"the {len(clients) - len(shown):,} others do not stand out" if shown else "no device stands out"
+        lines.append(f"{others}; clients.csv has the figures of each")
     if len(usual) > 1:
         slowest = max(usual, key=usual.get)
         others = statistics.median(usual[cid] for cid in usual if cid != slowest)
-        lines.append(f"slowest device: cid {slowest}, fit {usual[slowest]:.1f} s, the others {others:.1f} s (medians)")
+        longest = {}  # round: its longest fit
+        for row in itertools.chain(*fits.values()):
+            longest[row["round"]] = max(row["fit_seconds"], longest.get(row["round"], -1.0))
+        share = sum(row["fit_seconds"] == longest[row["round"]] for row in fits[slowest]) / len(fits[slowest])
+        line = f"slowest device: cid {slowest}, fit {usual[slowest]:.1f} s, the others {others:.1f} s"
+        lines.append(f"{line}, the last in {share:.0%} of rounds")
     return lines
+
+
+def stands_out(rows, num_rounds):
+    """Return whether a person should look after a device, by its rows: absent, hot, or without enough power."""
+    is_hot = max(known(rows, "cpu_temp_c"), default=0) >= HOT
+    return len(rows) < 0.9 * num_rounds or is_hot or any(map(power_trouble, rows))
 
 
 def describe_device(rows):

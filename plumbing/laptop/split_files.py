@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,4 +95,8 @@ def show(folder: Path) -> None:
     table[["fit", "eval"]] = pd.crosstab(rows["cid"], rows["phase"]).reindex(columns=["fit", "eval"], fill_value=0)
     table.loc["all"] = table.sum()
     table.columns = [*(printable(name, 40) for name in classes), *table.columns[len(classes) :]]
-    say(table.rename_axis("cid").reset_index().to_string(index=False))
+    shown = table.rename_axis("cid").reset_index().to_string(index=False)
+    columns = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
+    if 0 < columns < shown.index("\n"):  # in parts, one below the other
+        shown = table.rename_axis(index=None, columns="cid").to_string(line_width=columns)
+    say(shown)

@@ -6,6 +6,7 @@ from plumbing.common.arguments import plain_args
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file
 from plumbing.common.process import UserError, printable, say
+from plumbing.common.split import describe_partition
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
@@ -99,8 +100,8 @@ def show_task(args, info, facts, num_parameters):
     """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:
-        how = facts["partition"] if facts.get("alpha") is None else f"{facts['partition']}, alpha {facts['alpha']}"
-        text += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({how})"
+        how = f"{facts['num_clients']} shards ({describe_partition(facts)})"
+        text += f", {facts['num_train']:,} images in {how}"
         text += f", {facts['num_test']:,} for the test"
     say(f"{text}; {args.net}: {num_parameters:,} parameters")
     if info["num_clients"] not in (None, args.num_clients):
