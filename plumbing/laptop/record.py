@@ -15,7 +15,17 @@ from plumbing.common.files import sync_folder
 from plumbing.common.process import say
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays
 from plumbing.laptop.earlier import Earlier, best_of, keep_best, move_aside
-from plumbing.laptop.history import CLIENT_COLUMNS, COLUMNS, FILES, Table, by_cid, client_rows, measured, read_clients
+from plumbing.laptop.history import (
+    CLIENT_COLUMNS,
+    COLUMNS,
+    FILES,
+    TRAFFIC,
+    Table,
+    by_cid,
+    client_rows,
+    measured,
+    read_clients,
+)
 from plumbing.laptop.pictures import draw_confusion, draw_devices, draw_metrics, try_to_draw
 from plumbing.laptop.worker import Worker
 
@@ -180,7 +190,8 @@ class Record(Files):
 
         `row` needs the key round; those of the other COLUMNS that are missing were not measured.
         """
-        self.worker.put(Round({**dict.fromkeys(COLUMNS, math.nan), **row}, arrays, clients))
+        traffic = {name: sum(figures.get(name, math.nan) for figures in clients.values()) for name in TRAFFIC}
+        self.worker.put(Round({**dict.fromkeys(COLUMNS, math.nan), **traffic, **row}, arrays, clients))
 
     def check(self) -> None:
         """Raise what failed in the thread, if anything did."""
