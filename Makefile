@@ -1,4 +1,5 @@
-# make demo    train with a server and clients on this machine (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set)
+# make demo    train with a server and clients on this machine (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set,
+#              SLOWDOWN="1 1 2 4" for boards of unequal speed, and ARGS for server.py)
 # make simulate    train many clients on this machine, on Flower's simulation engine (these and ARGS can be set)
 # make test    lint, and all tests
 # make bench   measure speed and memory beside their references
@@ -20,7 +21,7 @@ $(error run make in the suite's folder, or as make -C FOLDER)
 endif
 
 .PHONY: setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
-export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE VERBOSE INSECURE
+export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE SLOWDOWN ARGS VERBOSE INSECURE
 
 setup: .venv/setup
 

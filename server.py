@@ -59,7 +59,8 @@ def add_training_flags(add):
         default=FedAvg.__name__,
         help="how n results become one model. FedAvg: their mean, weighted by images. The others withstand liars. "
         "FedMedian: the median; FedTrimmedAvg: the mean without n/5 values at each end (from n = 3 on at least 1); "
-        "Krum: the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+        "Krum: the mean without the (n-3)/2 models (at least 1) that are farthest from the others. These count "
+        "all alike, however little --time_budget lets them train",
     )
     add("--proximal_mu", type=number(float, 0, 1000), default=0.0, help="FedProx: pull of local models to the global")
     add("--fedbn", action=argparse.BooleanOptionalAction, default=False, help="FedBN: devices keep their batch norm")

@@ -166,10 +166,7 @@ class Rounds(flwr.server.Server):
             self.budget.note(current, self.strategy.clients)
 
     def is_over(self, current, num_rounds):
-        """Return whether the run ends with the round `current`. Waits for the tests on which that depends.
-
-        Raises Diverged.
-        """
+        """Return whether the run ends with the round `current`, by tests that this waits for. Raises Diverged."""
         rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
         while self.target.is_possible(rows, current):
             if self.target.is_reached(rows, current):

@@ -12,7 +12,7 @@ from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
 from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
 
-MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "num_fit", "num_eval")  # for wandb's config
+MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for wandb
 
 
 def count_clients(args, shards, least):
