@@ -1,16 +1,19 @@
 """How long a shelf of unequal boards takes to an accuracy: all wait for the slowest, or each trains what it can.
 
     PYTHONPATH=. python benchmarks/mixed.py [METHOD …]
+    PYTHONPATH=. python benchmarks/mixed.py --confirm
 
 All of CIFAR-10, 10 clients, IID and Dirichlet 0.5, one epoch a round, Adam 1e-3, seeds 0 to 2. The rounds run in this
 process, over engines.client_fit_fn, data.Steps, laptop/budget and strategies.average; their time is counted: an image
 takes 1 to train on and MEASURING to measure, divided by the board's speed, and a round lasts as long as its slowest fit
 and its slowest evaluate. Adds each finished run to mixed.json, and skips those that it has; takes hours on one core.
+--confirm runs two of them by server.py and ten client.py instead, in ten minutes on an idle machine with 2 cores.
 """
 
 import argparse
 import functools
 import json
+import statistics
 import subprocess
 import sys
 
@@ -18,6 +21,7 @@ from libs import np, torch
 from plumbing.common.state import float32_weights
 from plumbing.laptop.budget import Budget, plan_steps
 
+import report
 from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names
 
 import nets
@@ -39,6 +43,7 @@ WAIT, IMAGES, SHARD, NOVA, OUT = METHODS = (
     "budget, FedNova",
     "the slow ones left out",
 )
+CONFIRMED, SCALE, CONFIRM_WAIT = ("IID", "7 of 1, 3 of 1/4", SHARD, 0), 8, 1e6
 
 
 class Shelf:
@@ -73,9 +78,10 @@ class Shelf:
         return (images + MEASURING * self.sizes[cid]["eval"]) / self.speeds[cid] / self.epoch
 
     def held(self):
-        """The share of the fit images of each class that the boards slower than the fastest hold."""
+        """The share of the fit images of each class that the boards slower than the median one hold."""
         counts = [np.bincount(each["fit"].dataset.labels, minlength=10) for each in self.loaders]
-        slow = sum(count for count, speed in zip(counts, self.speeds, strict=True) if speed < max(self.speeds))
+        usual = statistics.median_high(self.speeds)
+        slow = sum(count for count, speed in zip(counts, self.speeds, strict=True) if speed < usual)
         return [round(float(share), 4) for share in slow / sum(counts)]
 
 
@@ -147,6 +153,7 @@ def train(folder, split, shelf_name, method, seed):
         rounds.append([round((rounds[-1][0] if rounds else 0) + seconds, 4), shelf.measure(arrays)])
         print(split, method, seed, current, *rounds[-1][:1], round(np.mean(rounds[-1][1]), 4), flush=True)
     about = {"split": split, "shelf": shelf_name, "method": method, "seed": seed, "held": shelf.held()}
+    about["sizes"] = [[size["fit"], size["eval"]] for size in shelf.sizes]
     return {**about, "steps": {cid: steps for cid, (_, steps) in plan.items()}, "rounds": rounds}
 
 
@@ -160,8 +167,56 @@ def tasks():
                     yield split, shelf, method, seed
 
 
+def partition(suite, split, seed):
+    """Split CIFAR-10, unless it is: the dataset's folder."""
+    folder = suite.root / "datasets" / f"{split} {seed}".replace(" ", "-")
+    if not folder.exists():
+        kind = ("--partition", SPLITS[split][0], "--alpha", 0.5) if split != "IID" else ()
+        common = ("--dataset", folder.name, "--num_clients", NUM_CLIENTS, "--seed", seed)
+        suite.partition(*common, "--source", suite.root / "cifar-10-python.tar.gz", *kind, timeout=900)
+    return folder
+
+
+def confirm(suite, folder, runs):
+    """Train by server.py and ten client.py with --slowdown, all waiting and with a budget: what report.py shows of it.
+
+    The fast boards are slowed down too, SCALE times: they are to share few cores as if each had its own. With a budget
+    of CONFIRM_WAIT seconds all wait, for images in the same order.
+    """
+    curves, speeds = {}, SHELVES[CONFIRMED[1]]
+    for method, budget in ((WAIT, CONFIRM_WAIT), (CONFIRMED[2], "auto")):
+        (run,) = (
+            run
+            for run in runs
+            if (run["split"], run["shelf"], run["seed"]) == (*CONFIRMED[:2], CONFIRMED[3]) and run["method"] == method
+        )
+        needed = 1 + [np.mean(classes) >= 0.55 for _, classes in run["rounds"]].index(True)
+        args = ("--dataset", folder.name, "--num_rounds", needed + 4 * (method != WAIT), "--seed", CONFIRMED[3])
+        server = suite.server(*args, "--time_budget", budget)
+        clients = [
+            suite.client(cid, "--dataset", folder.name, "--slowdown", SCALE / speed) for cid, speed in enumerate(speeds)
+        ]
+        server.wait(7200)
+        for process in clients:
+            process.wait(60)
+        rows = suite.history(folder.name)
+        times = np.cumsum([row["round_seconds"] for row in rows])
+        accuracies = [row["test_accuracy"] for row in rows]
+        curves[method] = [[round(seconds, 2), accuracy] for seconds, accuracy in zip(times, accuracies, strict=True)]
+    return {"run": CONFIRMED, "scale": SCALE, "curves": curves}
+
+
+def save(path, results):
+    """Write the results, a run a line."""
+    runs = ",\n".join(json.dumps(run) for run in results["runs"])
+    others = {name: value for name, value in results.items() if name != "runs"}
+    others.update(shelves=SHELVES, measuring=MEASURING)
+    path.write_text(json.dumps(others)[:-1] + f',\n"runs": [\n{runs}\n]}}\n', encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--confirm", action="store_true")
     args = parse_names(parser, "method", METHODS)
     leave_on_signals()
     path = HERE / "mixed.json"
@@ -169,18 +224,16 @@ def main():
     done = {(run["split"], run["shelf"], run["method"], run["seed"]) for run in results["runs"]}
     with BenchSuite() as suite:
         subprocess.run([sys.executable, BUILD_ARCHIVE, suite.root], check=True, stdout=sys.stderr)
-        source = suite.root / "cifar-10-python.tar.gz"
-        for split, shelf, method, seed in tasks():
+        if args.confirm:
+            results["confirmed"] = confirm(suite, partition(suite, CONFIRMED[0], CONFIRMED[3]), results["runs"])
+            save(path, results)
+        for split, shelf, method, seed in [] if args.confirm else tasks():
             if (split, shelf, method, seed) in done or (args.names and method not in args.names):
                 continue
-            folder = suite.root / "datasets" / f"{split} {seed}".replace(" ", "-")
-            if not folder.exists():
-                kind = ("--partition", SPLITS[split][0], "--alpha", 0.5) if split != "IID" else ()
-                common = ("--dataset", folder.name, "--num_clients", NUM_CLIENTS, "--seed", seed, "--source", source)
-                suite.partition(*common, *kind, timeout=600)
+            folder = partition(suite, split, seed)
             results["runs"].append(train(folder, split, shelf, method, seed))
-            lines = ",\n".join(json.dumps(run) for run in results["runs"])
-            path.write_text(f'{{"about": {json.dumps(results["about"])},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+            save(path, results)
+    report.main()
 
 
 if __name__ == "__main__":
