@@ -65,7 +65,9 @@ def parse_args():
     parser.add_argument(
         "--max_wait_time", type=number(float, 0), default=600, help="seconds without a server until giving up; 0: never"
     )
-    parser.add_argument("--slowdown", type=number(float, 1, 1000), default=1, help="rehearse: train this much slower")
+    parser.add_argument(
+        "--slowdown", type=number(float, 1, 1000), default=1, help="rehearse a board that is this many times slower"
+    )
     parser.add_argument("--secret_file", type=nonempty_path, help="file with the secret that the server knows, too")
     parser.add_argument("--root_certificate", type=nonempty_path, help="the server's ca.pem; makes the connection TLS")
     parser.add_argument("--verbose", action="store_true", help="show Flower's log, too")
