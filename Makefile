@@ -2,7 +2,8 @@
 #                    missing: some minutes, from python3 and a package registry
 #                    (SETUP_PYTHON=python3.12 takes another Python)
 # make demo          train with a server and clients on this machine
-#                    (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set)
+#                    (DATASET, NUM_CLIENTS, NUM_ROUNDS, SOURCE can be set; ARGS has
+#                    flags of server.py; SLOWDOWN="1 1 2 4" makes boards slower)
 # make simulate      train many clients on this machine, on Flower's simulation
 #                    engine (these and ARGS can be set)
 # make deploy        bring code, bundles and the service to all devices
@@ -32,7 +33,7 @@ $(error run make in the suite's folder, or as make -C FOLDER)
 endif
 
 .PHONY: help setup demo simulate test test-engines test-newest bench soak deploy status logs restart stop test-arm64 test-deploy test-interop
-export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE VERBOSE INSECURE
+export DATASET NUM_CLIENTS NUM_ROUNDS SOURCE SLOWDOWN ARGS VERBOSE INSECURE
 
 help:
 	@sed -n '/^$$/q; s/^# //p' $(MAKEFILE_LIST)

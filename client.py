@@ -23,7 +23,6 @@ from libs import (
     VERSION,
     UserError,
     find_folder,
-    lock_file,
     new_parser,
     nonempty_path,
     np,
@@ -41,17 +40,19 @@ from plumbing.common.compare import prove
 from plumbing.common.state import get_arrays, set_arrays
 from plumbing.common.wire import WIRE
 from plumbing.device.connection import Connection, stay_connected
-from plumbing.device.machine import choose_device, describe_machine, device_id, sensors
+from plumbing.device.machine import choose_device, describe_machine, device_id, lock_cid, sensors
 from plumbing.device.own_batch_norm import OwnBatchNorm
+from plumbing.device.pace import Paced
 from plumbing.device.task import Task, count_images
 
 from flwr.client import ClientApp, NumPyClient
 
-from data import describe_in_checkpoint, load_shard
+from data import Steps, describe_in_checkpoint, load_shard
 from engines import client_fit_fn, run_epoch
 from nets import NETS, build_net
 
-NO_HYPER_PARAMETERS = ("round", "num_rounds", "net", "dataset_id", "fedbn")  # what else comes with a fit
+# What else comes with a fit.
+NO_HYPER_PARAMETERS = ("round", "num_rounds", "net", "dataset_id", "fedbn", "first_step", "num_steps")
 
 
 def parse_args():
@@ -63,6 +64,9 @@ def parse_args():
     parser.add_argument("--num_threads", type=number(int, 1), help="CPU threads to train with (default: all)")
     parser.add_argument(
         "--max_wait_time", type=number(float, 0), default=600, help="seconds without a server until giving up; 0: never"
+    )
+    parser.add_argument(
+        "--slowdown", type=number(float, 1, 1000), default=1, help="rehearse a board that is this many times slower"
     )
     parser.add_argument("--secret_file", type=nonempty_path, help="file with the secret that the server knows, too")
     parser.add_argument("--root_certificate", type=nonempty_path, help="the server's ca.pem; makes the connection TLS")
@@ -130,8 +134,9 @@ class Client(NumPyClient):
                 sequence = np.random.SeedSequence([config["seed"], current, self.properties["cid"]])
                 hyper_parameters["seed"] = int(sequence.generate_state(1)[0])
             about = {**task.about, "round": current}
+            loaders = pace_loaders(task, self.properties, config)
             metrics = client_fit_fn(
-                task.loaders,
+                loaders,
                 task.model,
                 device=self.device,
                 save_ckp_path=self.save_ckp_path,
@@ -147,7 +152,7 @@ class Client(NumPyClient):
             title = f"round {config.get('round', '?')}/{config.get('num_rounds', '?')}  waited {self.waited:.1f} s"
             say(f"{title}  {figures}  {telemetry['fit_seconds']:.1f} s")
             self.waited = 0.0
-            telemetry.update(sensors())
+            telemetry.update(sensors(), **loaders["fit"].telemetry())
             return self.get_parameters({}), len(task.loaders["fit"].dataset), {**metrics, **telemetry}
         except Exception as error:
             traceback.print_exc()
@@ -166,7 +171,8 @@ class Client(NumPyClient):
             self.task.follow(config, self.device)
             self.set_parameters(parameters)
             self.own_batch_norm.put_into(self.task.model, self.task.run_names(config))
-            loss, accuracy = run_epoch(self.task.loaders["eval"], self.task.model, self.device)
+            loaders = pace_loaders(self.task, self.properties, config)
+            loss, accuracy = run_epoch(loaders["eval"], self.task.model, self.device)
             metrics = {"global_eval_loss": loss, "global_eval_accuracy": accuracy}
             telemetry["eval_seconds"] = time.monotonic() - started
             return loss, len(self.task.loaders["eval"].dataset), {**metrics, **telemetry}
@@ -188,18 +194,13 @@ class Client(NumPyClient):
         return {"wait_seconds": seconds}
 
 
-def lock_cid(cid, folder):
-    """Make this the only process for `cid` on this device. Return the lock, to be kept, or None if the disk is full."""
-    try:
-        lock = lock_file(folder / f"client_{cid}.lock")
-    except PermissionError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-    except OSError as error:  # a full card, or one that has turned read-only
-        say(f"cannot write to {folder} ({error.strerror}); training continues without")
-        return None
-    if lock is None:
-        raise UserError(f"a client with --cid {cid} is already running on this device")
-    return lock
+def pace_loaders(task, properties, config):
+    """Return the task's loaders, timed. `config` is that of a fit: with --time_budget it names the steps to train."""
+    loaders, slowdown = dict(task.loaders), properties.get("slowdown", 1)
+    if "num_steps" in config:
+        order = config.get("seed", 0), properties["cid"]
+        loaders["fit"] = Steps(loaders["fit"], config["first_step"], config["num_steps"], order)
+    return {phase: Paced(loader, slowdown) for phase, loader in loaders.items()}
 
 
 def describe_client(cid, dataset, device_id):
@@ -232,7 +233,8 @@ def main():
     task = Task(None, loaders, about, load, NETS, build_net)  # the server names the net
     machine = describe_machine()
     who = describe_client(args.cid, args.dataset, device_id(folder / f"client_{args.cid}.id"))
-    properties = {**who, "process": secrets.token_hex(8), "wire": WIRE, **machine}
+    slowdown = {"slowdown": args.slowdown} if args.slowdown > 1 else {}
+    properties = {**who, "process": secrets.token_hex(8), "wire": WIRE, **machine, **slowdown}
     client = Client(task, device, folder / f"client_{args.cid}.ptl", properties, secret)
     say(f"client {args.cid} of {args.dataset}: {count_images(loaders)} images on {device}")
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"

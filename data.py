@@ -5,6 +5,7 @@ client.py reads its shard by load_shard, server.py the test set by load_test.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from libs import UserError, np, prepare_image, torch
@@ -83,32 +84,70 @@ class ImageDataset(torch.utils.data.Dataset):
         return self
 
 
+def batch_sizes(num_images: int, batch_size: int) -> list[int]:
+    """Return the number of images of each batch of a pass.
+
+    A last batch of one image joins the one before it: batch norm cannot normalise a single example.
+    """
+    whole, rest = divmod(num_images, batch_size)
+    sizes = [batch_size] * whole + [rest] * (rest > 0)
+    return sizes[:-2] + [batch_size + 1] if rest == 1 and whole else sizes
+
+
+def count_batches(num_images: int) -> int:
+    """Return how many batches a device trains on in a pass over so many images."""
+    return len(batch_sizes(num_images, BATCH_SIZES["fit"]))
+
+
 class BatchLoader:
     """Batches of an ImageDataset, on its device: (float32 B×C×H×W in 0..1, int64 B), in a new order if `shuffle`.
 
     Takes whole batches from the tensor in memory: a DataLoader fetches and collates image by image, which costs about
     as much as LeNet5 does, and copies to the GPU batch by batch. (index_select copies whole images, in a tenth of the
-    time that images[indices] takes.) A last batch of one image joins the one before it: batch norm cannot normalise a
-    single example.
+    time that images[indices] takes.)
     """
 
     def __init__(self, dataset, batch_size, shuffle=False):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
 
     def __len__(self):
-        return len(self.sizes())
-
-    def sizes(self):
-        """Return the number of images of each batch."""
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        sizes = [self.batch_size] * whole + [rest] * (rest > 0)
-        return sizes[:-2] + [self.batch_size + 1] if rest == 1 and whole else sizes
+        return len(batch_sizes(len(self.dataset), self.batch_size))
 
     def __iter__(self):
-        images, labels = self.dataset.images, self.dataset.labels
         order = torch.randperm if self.shuffle else torch.arange
-        for indices in order(len(images), device=images.device).split(self.sizes()):
+        return self.take(order(len(self.dataset), device=self.dataset.images.device))
+
+    def take(self, order, first=0):
+        """Yield the batches of a pass over the images in this `order` (int64 N), from the batch `first` on."""
+        images, labels = self.dataset.images, self.dataset.labels
+        for indices in order.split(batch_sizes(len(images), self.batch_size))[first:]:
             yield images.index_select(0, indices).float().div_(255), labels.index_select(0, indices)
+
+
+class Steps:
+    """The batches `first_step` to `first_step + num_steps - 1` of endless passes over a BatchLoader's images.
+
+    The order of each pass is a function of `seed`, a sequence of integers of at least 0, and the pass's number alone:
+    whoever goes on from the step at which another has stopped takes all images, pass for pass.
+    """
+
+    def __init__(self, loader, first_step, num_steps, seed):
+        self.loader, self.first_step, self.num_steps, self.seed = loader, first_step, num_steps, seed
+        self.dataset = loader.dataset
+
+    def __len__(self):
+        return self.num_steps
+
+    def __iter__(self):
+        return itertools.islice(self._endless(), self.num_steps)
+
+    def _endless(self):
+        first_pass, first = divmod(self.first_step, len(self.loader))
+        for number in itertools.count(first_pass):
+            sequence = np.random.SeedSequence([*self.seed, number])
+            generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+            order = torch.randperm(len(self.dataset), generator=generator).to(self.dataset.images.device)
+            yield from self.loader.take(order, first if number == first_pass else 0)
 
 
 def load_shard(folder: Path, cid: int, device, image_size=(32, 32)) -> tuple[dict[str, BatchLoader], dict]:

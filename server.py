@@ -24,7 +24,7 @@ from plumbing.laptop import start
 from plumbing.laptop.asking import Absences
 from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.ending import Run, fail, show_results
-from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional
+from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
 from plumbing.laptop.flower import start_grid, start_server
 from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
@@ -36,7 +36,7 @@ from plumbing.laptop.screen import Progress
 
 from flwr.server import ServerApp, ServerConfig
 
-from data import describe_in_checkpoint, load_test
+from data import count_batches, describe_in_checkpoint, load_test
 from engines import HYPER_PARAMETERS, count_answers, server_test_fn
 from nets import build_net, find_net, load_checkpoint, normalise_input
 from strategies import STRATEGIES, FedAvg
@@ -59,7 +59,8 @@ def add_training_flags(add):
         default=FedAvg.__name__,
         help="how n results become one model. FedAvg: their mean, weighted by images. The others withstand liars. "
         "FedMedian: the median; FedTrimmedAvg: the mean without n/5 values at each end (from n = 3 on at least 1); "
-        "Krum: the mean without the (n-3)/2 models (at least 1) that are farthest from the others",
+        "Krum: the mean without the (n-3)/2 models (at least 1) that are farthest from the others. These count "
+        "all alike, however little --time_budget lets them train",
     )
     add("--proximal_mu", type=number(float, 0, 1000), default=0.0, help="FedProx: pull of local models to the global")
     add("--fedbn", action=argparse.BooleanOptionalAction, default=False, help="FedBN: devices keep their batch norm")
@@ -77,8 +78,14 @@ def add_device_flags(add):
     add("--fraction_fit", type=number(float, 0.001, 1), default=1.0, help="share of the clients that trains per round")
     add(
         "--round_timeout",
-        type=optional(lambda text: text if text == "auto" else number(float, 0, inside=True)(text)),
+        type=seconds_or_auto,
         help="skip clients slower than this many seconds; auto: 3 times a client's median, at least 30 (default: off)",
+    )
+    add(
+        "--time_budget",
+        type=seconds_or_auto,
+        help="each client trains what it can in this many seconds, at most num_epochs, and goes on from there in the "
+        "next round; auto: what the median client takes for num_epochs. Nobody is skipped for it (default: off)",
     )
     add("--compress", choices=COMPRESS, default=COMPRESS[0], help="send differences in 16 bits (fp16) or 8 bits (int8)")
 
@@ -135,6 +142,8 @@ class Server(Rounds):
         self.wait_for_clients(current)
         instructions = self.strategy.configure_fit(current, self.parameters, self.registry)
         spared = set(self.registry.clients) - {client.cid for client, _ in instructions}
+        if self.budget is not None:  # --time_budget: how many steps each of them trains
+            instructions = self.budget.divide(current, instructions, self.registry.clients)
 
         # 2. They train the global model, all at the same time; the strategy averages what they send.
         results, failures = self.questions.ask("fit", instructions, timeout, current)
@@ -230,6 +239,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     auto = args.round_timeout == "auto"
     absences = Absences(map(str, range(args.num_clients)), curves.watch)
     server = Server(registry, strategy, args.min_clients, auto, target, absences)
+    server.budget = start.divide_time(args, count_batches, record.clients.rows)
     config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto else args.round_timeout)
     return Run(server, config, curves, progress, lock)
 

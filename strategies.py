@@ -17,7 +17,7 @@ import time
 from libs import np
 from plumbing.common.state import get_arrays
 from plumbing.laptop.checks import Checks, by_cid, is_number, size_of
-from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, cid_order
+from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, TRAFFIC, cid_order
 from plumbing.laptop.record import Record
 
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
@@ -195,13 +195,12 @@ def average_eval(results, average_fn):
 
 
 def add_figures(clients, results):
-    """Add the figures of evaluate to those of fit, {cid: {name: value}}. The times that a client waited add up."""
+    """Add the figures of evaluate to those of fit, {cid: {name: value}}. What a client waited and moved adds up."""
     for client, res in results:
         figures = clients.setdefault(client.cid, {})
-        waited = figures.get("wait_seconds", 0.0)
+        before = {name: figures.get(name, 0.0) for name in ("wait_seconds", *TRAFFIC)}
         figures.update(res.metrics)
-        if "wait_seconds" in res.metrics:
-            figures["wait_seconds"] += waited
+        figures.update({name: before[name] + res.metrics[name] for name in before if name in res.metrics})
 
 
 class FedAvg(Checked, strategy.FedAvg):

@@ -446,6 +446,155 @@ def draw_skew(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Mixed shelves.
+
+WAIT, TARGETS, MOMENTS, MOST = "all wait", (0.5, 0.55, 0.58), (20, 40), 3
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def read_mixed():
+    """{(split, shelf): {method: {seed: its run}}} of mixed.json; a run's `rounds` are [(time, accuracies), …].
+
+    The devices of the second shelf train the same when all wait; only the time of a round is another one.
+    """
+    about, runs = read("mixed.json"), {}
+    for run in about["runs"]:
+        runs.setdefault((run["split"], run["shelf"]), {}).setdefault(run["method"], {})[run["seed"]] = run
+    first, second = about["shelves"]
+    for split in list(dict.fromkeys(split for split, _ in runs)):
+        for seed, run in runs.get((split, first), {}).get(WAIT, {}).items():
+            seconds = seconds_of_round(run["sizes"], about["shelves"][second], about["measuring"])
+            rounds = [((place + 1) * seconds, classes) for place, (_, classes) in enumerate(run["rounds"])]
+            methods = runs.setdefault((split, second), {})
+            others = [each[seed]["held"] for method, each in methods.items() if method != WAIT and seed in each]
+            methods.setdefault(WAIT, {})[seed] = {**run, "rounds": rounds, "held": (others or [run["held"]])[0]}
+    return runs
+
+
+def seconds_of_round(sizes, speeds, measuring):
+    """The time of a round in which all wait, as mixed.py counts it; `sizes` is [(fit images, eval images), …]."""
+    evals = [measuring * own / speed for (_, own), speed in zip(sizes, speeds, strict=True)]
+    fits = [fit / speed + own for (fit, _), speed, own in zip(sizes, speeds, evals, strict=True)]
+    return (max(fits) + max(evals)) / mean([fit for fit, _ in sizes])
+
+
+def reached(run, target):
+    """The time at which a run of read_mixed first had the accuracy `target`, None if it never did."""
+    return next((seconds for seconds, classes in run["rounds"] if mean(classes) >= target), None)
+
+
+def at(run, moment):
+    """(The accuracy, that on the MOST classes of which the slow boards hold most) of a run at `moment`.
+
+    Of the last round finished by then; None if there is none, or the run was not that long.
+    """
+    finished = [classes for seconds, classes in run["rounds"] if seconds <= moment]
+    if not finished or run["rounds"][-1][0] < moment:
+        return None
+    classes = finished[-1]
+    theirs = sorted(range(len(classes)), key=lambda label: -run["held"][label])[:MOST]
+    return mean(classes), mean([classes[label] for label in theirs])
+
+
+def spread(values, shape, number):
+    """Mean, least and greatest of the values that are there; how many of `number` there are if some are missing."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    shown = f"{shape} ({shape} to {shape})".format(mean(values), min(values), max(values))
+    return shown if len(values) == number else f"{shown}, {len(values)} of {number}"
+
+
+def mixed_rows(by_method):
+    """The rows of the table for one shelf and split: method, n, the times to TARGETS, and the ratio to all wait."""
+    rows = []
+    for method, runs in by_method.items():
+        times = [[reached(run, target) for run in runs.values()] for target in TARGETS]
+        pairs = [(reached(run, 0.55), reached(by_method[WAIT][seed], 0.55)) for seed, run in runs.items()]
+        ratios = [ours / theirs for ours, theirs in pairs if ours and theirs]
+        cells = [spread(values, "{:.1f}", len(runs)) for values in times]
+        rows.append([method, len(runs), *cells, spread(ratios, "{:.2f}", len(runs))])
+    return rows
+
+
+def mixed():
+    about, runs, parts = read("mixed.json"), read_mixed(), []
+    for (split, shelf), by_method in runs.items():
+        if split == "IID":
+            header = ["", "n", *(f"time to {target}" for target in TARGETS), "ratio to all wait, 0.55"]
+            body = table(header, mixed_rows(by_method))
+        else:
+            header = ["", "n"]
+            for moment in MOMENTS:
+                header += [f"accuracy at {moment}", f"theirs at {moment}"]
+            rows = []
+            for method, by_seed in by_method.items():
+                cells = []
+                for moment in MOMENTS:
+                    pairs = [at(run, moment) or (None, None) for run in by_seed.values()]
+                    cells += [spread([pair[place] for pair in pairs], "{:.3f}", len(pairs)) for place in (0, 1)]
+                rows.append([method, len(by_seed), *cells])
+            body = table(header, rows)
+        parts.append(f"**{split}; speeds {shelf}:**\n\n{body}")
+    return (
+        "All of CIFAR-10, 10 clients, LeNet5, one epoch a round; the rounds are simulated, and their time is counted "
+        "in epochs of a fast board (measuring an image takes a quarter of the time of training on it, on any board). A "
+        "budget is `--time_budget auto`, so that all wait in the first round, in which the devices are timed. Means, "
+        "least and greatest of n seeds; a time is that of the first round with this test accuracy, – if no run had it. "
+        f"*Theirs* is the accuracy on the {MOST} classes of which the boards slower than the median one hold most. "
+        "`--round_timeout auto` is as all wait: its limit is three times a device's own median. A fixed one leaves the "
+        "slow boards out.\n\n" + "\n\n".join(parts) + "\n\n![Test accuracy over time](mixed.png)\n\n"
+        f"{mixed_confirmed(about)}({machine(about['about'])}.)"
+    )
+
+
+def mixed_confirmed(about, target=0.55):
+    """How near mixed.py --confirm came to the simulation; "" if it was not run."""
+    if "confirmed" not in about:
+        return ""
+    split, shelf, method, seed = about["confirmed"]["run"]
+    simulated = {
+        run["method"]: [(seconds, mean(classes)) for seconds, classes in run["rounds"]]
+        for run in about["runs"]
+        if (run["split"], run["shelf"], run["seed"]) == (split, shelf, seed)
+    }
+    times = [
+        next(seconds for seconds, accuracy in curves[name] if accuracy >= target)
+        for curves in (about["confirmed"]["curves"], simulated)
+        for name in (WAIT, method)
+    ]
+    return (
+        f"By server.py and ten client.py with --slowdown, {split}, seed {seed}, a test accuracy of {target} takes "
+        f"{times[0]:.0f} s when all wait and {times[1]:.0f} s with the {method}, a ratio of {times[1] / times[0]:.2f}; "
+        f"simulated {times[3] / times[2]:.2f}. "
+    )
+
+
+def draw_mixed(path):
+    """Test accuracy over time: a line a run, a colour a method."""
+    from matplotlib.figure import Figure
+
+    runs = read_mixed()
+    colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(m for by in runs.values() for m in by))}
+    picture = Figure(figsize=(11, 3.6 * -(-len(runs) // 2)), layout="constrained")
+    grid = picture.subplots(-(-len(runs) // 2), min(len(runs), 2), squeeze=False).flat
+    for axes, ((split, shelf), by_method) in zip(grid, runs.items(), strict=False):
+        for method, by_seed in by_method.items():
+            for place, run in enumerate(by_seed.values()):
+                times, accuracies = zip(*((seconds, mean(classes)) for seconds, classes in run["rounds"]), strict=True)
+                label = method if place == 0 else None
+                axes.plot(times, accuracies, color=colours[method], linewidth=1, alpha=0.8, label=label)
+        axes.set(xlabel="time, in epochs of a fast board", ylabel="test accuracy", title=f"{split}; speeds {shelf}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    picture.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Growth.
 
 
@@ -556,6 +705,7 @@ PAGES = {
         "figure": figure,
         "frontier": frontier,
         "skew": skew,
+        "mixed": mixed,
         "soak": soak,
         "compress": compress,
         "growth": growth,
@@ -585,6 +735,7 @@ def main():
     draw(HERE / "results.png", read("results.json"))
     draw_frontier(HERE / "frontier.png")
     draw_skew(HERE / "skew.png")
+    draw_mixed(HERE / "mixed.png")
     draw_growth(HERE / "growth.png")
     draw_figure(HERE / "figure.png")
 

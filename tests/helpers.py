@@ -378,7 +378,7 @@ class Network:
         command = ["ip", "netns", "exec", self.clients, "tc", "qdisc", "delete", "dev", "cable", "root"]
         subprocess.run(command, check=True)
 
-    def sent(self):
-        """Bytes that clients have put on the cable."""
-        command = ["ip", "netns", "exec", self.clients, "cat", "/sys/class/net/cable/statistics/tx_bytes"]
+    def sent(self, counter="tx_bytes"):
+        """Bytes that clients have put on the cable; with "rx_bytes", those that have come to them."""
+        command = ["ip", "netns", "exec", self.clients, "cat", f"/sys/class/net/cable/statistics/{counter}"]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

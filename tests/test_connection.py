@@ -188,6 +188,30 @@ def test_board_that_vanishes_in_the_midst_of_a_fit_is_noticed_though_an_honest_f
     assert vanished["codes"] == [0, 0] and vanished["rows"] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("compress", ["off", "int8"])
+def test_bytes_of_the_rounds_are_those_on_the_cable(network, tmp_path, three_shards, compress):
+    suite, before = new_suite(tmp_path, three_shards), {}
+
+    def start(namespace, *args):
+        command = ["ip", "netns", "exec", namespace, sys.executable, *map(str, args)]
+        suite.processes.append(Process(command, suite.root / f"process_{len(suite.processes)}", suite.env, "/"))
+        return suite.processes[-1]
+
+    common = ("--server_port", suite.port, "--dataset", "Tiny")
+    try:
+        flags = ("--num_clients", 1, "--num_rounds", 12, "--compress", compress, "--server_address", network.address)
+        before = {counter: network.sent(counter) for counter in ("rx_bytes", "tx_bytes")}
+        server = start(network.server, suite.root / "server.py", *common, *flags)
+        client = start(network.clients, suite.root / "client.py", *common, "--cid", 0, *flags[-2:])
+        assert [server.wait(), client.wait()] == [0, 0], server
+        rows = history(suite)
+        for counter, column in (("rx_bytes", "bytes_down"), ("tx_bytes", "bytes_up")):
+            crossed = network.sent(counter) - before[counter]
+            assert rows[column].sum() == pytest.approx(crossed, rel=0.03)
+    finally:
+        suite.close()
+
+
 def test_promised_times():
     """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
     from plumbing.device import connection

@@ -44,7 +44,9 @@ def demo(suite):
 
 
 def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
-    process = demo(NUM_ROUNDS="2", https_proxy="http://127.0.0.1:1")  # where nobody listens: no way to CIFAR-10
+    # Where nobody listens: no way to CIFAR-10. And the second board is slower, with a budget from the second round on.
+    mixed = {"SLOWDOWN": "1 3", "ARGS": "--time_budget 0.001"}
+    process = demo(NUM_ROUNDS="2", https_proxy="http://127.0.0.1:1", **mixed)
     assert process.wait(120) == 0, (suite.root / "demo.log").read_text()
     output = (suite.root / "demo.log").read_text()
     assert output.count("CIFAR-10 cannot be downloaded: training on Shapes10 instead") == 1
@@ -58,6 +60,8 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     folder = suite.ckps("demo-Shapes10")
     assert list(pd.read_csv(folder / "history.csv")["clients"]) == [2, 2]
     assert (folder / "metrics.png").exists() and (folder / "server.ptl").exists()
+    clients = pd.read_csv(folder / "clients.csv")
+    assert list(clients["slowdown"].fillna(1)) == [1, 3, 1, 3] and list(clients["steps"])[2:] == [1, 1]
     assert all("training is over" in (folder / f"client_{cid}.log").read_text() for cid in range(2))
 
 

@@ -91,7 +91,8 @@ def test_every_figure_is_logged_by_round_and_the_table_of_runs_shows_the_best(sh
     assert "clients" not in steps and list(steps["round"]) == list(rows["round"])
     for name in as_logged(rows).columns[1:]:
         values = list(as_logged(rows)[name])
-        section = "system" if name in ("num_clients", "failures", "round_seconds") else name.rpartition("_")[0]
+        of_system = "num_clients", "failures", "round_seconds", "bytes_down", "bytes_up"
+        section = "system" if name in of_system else name.rpartition("_")[0]
         grouped = f"{section}/{name if section == 'system' else name.rpartition('_')[2]}"
         assert list(steps[name]) == pytest.approx(values) and list(steps[grouped]) == pytest.approx(values), name
     summary = {}

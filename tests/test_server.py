@@ -12,7 +12,7 @@ from helpers import Suite, as_logged, wandb_folders, wandb_history
 
 COLUMNS = (
     "round fit_loss fit_accuracy eval_loss eval_accuracy global_eval_loss global_eval_accuracy "
-    "test_loss test_accuracy clients failures round_seconds finished_at"
+    "test_loss test_accuracy clients failures round_seconds finished_at bytes_down bytes_up"
 ).split()
 
 

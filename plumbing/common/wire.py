@@ -76,6 +76,12 @@ def restore_all(tensors, bases):
     return [restore(data, base) for data, base in zip(tensors, bases)]
 
 
+def count_bytes(parameters: Parameters | None, values: dict) -> int:
+    """Return about how many bytes a message with these is: parameters, and a config or metrics."""
+    tensors = parameters.tensors if parameters is not None else ()
+    return sum(map(len, tensors)) + len(repr(values))
+
+
 class Model:
     """A model as devices get it: `tensors` is what they hold then (.npy)."""
 

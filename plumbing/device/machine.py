@@ -11,7 +11,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from plumbing.common.files import atomic_write
+from plumbing.common.files import atomic_write, lock_file
 from plumbing.common.process import UserError, say
 
 import flwr
@@ -104,3 +104,17 @@ def device_id(path: Path) -> str:
             say(f"cannot write {path} ({error.strerror}); training does without")
             stored = b""
     return hashlib.sha256(stored + board_id()).hexdigest()[:32]
+
+
+def lock_cid(cid, folder):
+    """Make this the only process for `cid` on this device. Return the lock, to be kept, or None if the disk is full."""
+    try:
+        lock = lock_file(folder / f"client_{cid}.lock")
+    except PermissionError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    except OSError as error:  # a full card, or one that has turned read-only
+        say(f"cannot write to {folder} ({error.strerror}); training continues without")
+        return None
+    if lock is None:
+        raise UserError(f"a client with --cid {cid} is already running on this device")
+    return lock

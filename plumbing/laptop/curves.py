@@ -13,13 +13,13 @@ from pathlib import Path
 
 from plumbing.common.process import printable, say
 from plumbing.common.state import read_saved
-from plumbing.laptop.history import MANY, MEASURES, measured, power_trouble
+from plumbing.laptop.history import MANY, MEASURES, TRAFFIC, measured, power_trouble
 from plumbing.laptop.pictures import accuracies
 
 import numpy as np
 
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
-SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds")})
+SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds", *TRAFFIC)})
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plumbing.common.arguments import given_flags, nonempty_path
+from plumbing.common.arguments import given_flags, nonempty_path, number
 from plumbing.common.process import UserError, printable, say
 from plumbing.laptop.drawing import FORMATS
 
@@ -28,6 +28,11 @@ def add_run_flags(add):
 def optional(parse):
     """Return an argparse type that is `parse`, but None for "off": --resume can tell it from a flag not given."""
     return lambda text: None if text == "off" else parse(text)
+
+
+def seconds_or_auto(text):
+    """Be an argparse type: a number of seconds above 0, "auto", or "off", which is None."""
+    return optional(lambda text: text if text == "auto" else number(float, 0, inside=True)(text))(text)
 
 
 def as_flags(settings, parser):

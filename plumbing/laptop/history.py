@@ -15,7 +15,8 @@ FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
 TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
-COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds", "finished_at")  # of history.csv
+TRAFFIC = ("bytes_down", "bytes_up")  # to and from the devices
+COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds", "finished_at", *TRAFFIC)  # of history.csv
 TIMES = {"fit_seconds": "fit", "eval_seconds": "evaluate", "wait_seconds": "waiting"}  # and how people read them
 TELEMETRY = {  # what a device tells of itself, and the range in which that can be true
     **dict.fromkeys(TIMES, (0, 1e7)),
@@ -23,6 +24,11 @@ TELEMETRY = {  # what a device tells of itself, and the range in which that can 
     "cpu_temp_c": (-100, 200),
     "throttled": (0, 2**20 - 1),  # 20 bits
     "load": (0, 1e5),
+    "steps": (0, 1e9),
+    "images": (0, 1e12),
+    "images_per_second": (0, 1e9),
+    "slowdown": (1, 1e3),
+    **dict.fromkeys(TRAFFIC, (0, 1e15)),
 }
 CLIENT_COLUMNS = ("round", "cid", "examples", *FIT_METRICS, *EVALUATE_METRICS, *TELEMETRY)  # of clients.csv
 PICTURES = tuple(f"{name}.{kind}" for kind in FORMATS for name in ("metrics", "confusion", "devices"))

@@ -19,6 +19,7 @@ from plumbing.laptop.history import (
     CLIENT_COLUMNS,
     COLUMNS,
     FILES,
+    TRAFFIC,
     Table,
     client_rows,
     measured,
@@ -188,7 +189,8 @@ class Record(Files):
 
         `row` needs the key round; those of the other COLUMNS that are missing were not measured.
         """
-        self.worker.put(Round({**dict.fromkeys(COLUMNS, math.nan), **row}, arrays, clients))
+        traffic = {name: sum(figures.get(name, math.nan) for figures in clients.values()) for name in TRAFFIC}
+        self.worker.put(Round({**dict.fromkeys(COLUMNS, math.nan), **traffic, **row}, arrays, clients))
 
     def check(self) -> None:
         """Raise what failed in the thread, if anything did."""

@@ -193,4 +193,6 @@ def describe_missing(num_clients, there):
 def describe(properties):
     """Return what a client says it is, for people: its board and its images."""
     board = printable(properties.get("board", "unknown board"), 40)
+    if "slowdown" in properties:
+        board += f" slowed down {printable(properties['slowdown'], 10)} times"
     return f"{board}, {properties['num_fit']} fit + {properties['num_eval']} eval images"

@@ -8,9 +8,10 @@ import time
 
 from plumbing.common.process import printable
 from plumbing.common.sockets import KEEPALIVE
-from plumbing.common.wire import WIRE, restore_all
+from plumbing.common.wire import WIRE, count_bytes, restore_all
 from plumbing.laptop.flower import GrpcBridgeClosed
 from plumbing.laptop.handshake import TurnedAway
+from plumbing.laptop.history import TRAFFIC
 
 from flwr.common import Code, GetPropertiesIns, Parameters, ReconnectIns
 from flwr.server.client_proxy import ClientProxy
@@ -103,10 +104,13 @@ class RemoteClient(Admitted):
             return ask(ins, timeout, group_id)
         model, held = self.sender.model_of(ins.parameters), self.held
         self.held = None  # until it answers: without an answer nobody knows whether the model has arrived
-        res = ask(dataclasses.replace(ins, parameters=self.sender.pack(model, held)), timeout, group_id)
-        self.held = model
+        sent = dataclasses.replace(ins, parameters=self.sender.pack(model, held))
+        res = ask(sent, timeout, group_id)
+        self.held, answer = model, getattr(res, "parameters", None)
+        numbers = count_bytes(sent.parameters, sent.config), count_bytes(answer, res.metrics)
+        res.metrics = {**res.metrics, **dict(zip(TRAFFIC, numbers))}
         if method == "fit":
-            res.parameters = Parameters(restore_all(res.parameters.tensors, model.tensors), "numpy.ndarray")
+            res.parameters = Parameters(restore_all(answer.tensors, model.tensors), "numpy.ndarray")
         return res
 
     def heartbeat(self):

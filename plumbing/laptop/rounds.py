@@ -82,6 +82,7 @@ class Rounds(flwr.server.Server):
         self.registry, self.min_clients = registry, min_clients
         self.questions = Questions(registry, auto_timeout, self.raise_failure)
         self.target, self.absences = target or Target(), absences or Absences(())
+        self.budget = None  # a budget.Budget; None: all train num_epochs
         self.trained = False  # whether any round has succeeded
         self.failed = []  # the lasting reasons for which the current round failed: a set per try
         self.diverged = collections.Counter()  # how often each round has
@@ -161,12 +162,11 @@ class Rounds(flwr.server.Server):
         """Note that the round `current` is finished; the cids `spared` were not asked to train."""
         self.trained, self.failed = True, []
         self.absences.finish(current, spared, self.strategy.clients)
+        if self.budget is not None:
+            self.budget.note(current, self.strategy.clients)
 
     def is_over(self, current, num_rounds):
-        """Return whether the run ends with the round `current`. Waits for the tests on which that depends.
-
-        Raises Diverged.
-        """
+        """Return whether the run ends with the round `current`, by tests that this waits for. Raises Diverged."""
         rows = self.strategy.record.history.rows  # to which the record adds each round that it has tested
         while self.target.is_possible(rows, current):
             if self.target.is_reached(rows, current):

@@ -102,6 +102,9 @@ def stands_out(rows, num_rounds):
 def describe_device(rows):
     """Return phrases on what a device told in the rounds that it trained in."""
     facts = []
+    shares = [images / row["examples"] for row in rows for images in known([row], "images")]
+    if shares and statistics.median(shares) < 0.995:  # with --time_budget
+        facts.append(f"{statistics.median(shares):.0%} of its images in a round")
     for name in ("eval_seconds", "wait_seconds"):
         if seconds := known(rows, name):
             facts.append(f"{TIMES[name]} {statistics.median(seconds):.1f} s")
@@ -114,7 +117,7 @@ def describe_device(rows):
 
 
 def known(rows, name):
-    return [row[name] for row in rows if not math.isnan(row[name])]
+    return [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
 
 
 def list_accuracies(counts, classes):
