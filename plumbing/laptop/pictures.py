@@ -19,7 +19,7 @@ MOST_DEVICES = 50  # in one picture
 
 
 def describe_run(about):
-    """Return what was trained on what, for a title. about: what its checkpoints say of a run; any of it may miss."""
+    """Return what was trained on what, for a title. about: what checkpoints say of a run, or a part of it."""
     title, args = about.get("dataset") or "", about.get("args") or {}
     title += f" ({about['partition']})" if about.get("partition") else ""
     if {"net", "num_clients", "num_epochs"} <= set(args):

@@ -73,10 +73,11 @@ def describe_clients(rows, num_rounds):
     if len(clients) >= MANY_LINES:
         limit = SLOW * statistics.median(usual.values()) if usual else math.inf
         slow = {cid for cid in usual if usual[cid] > limit}
-        shown = [cid for cid, own in clients.items() if cid in slow or stands_out(own, num_rounds)]
+        shown = [cid for cid, own in clients.items() if cid in slow or not fits[cid] or stands_out(own, num_rounds)]
     lines = []
     for cid in shown:
-        facts = [f"{len(fits[cid])} of {num_rounds} rounds"] + [f"fit {usual[cid]:.1f} s (median)"] * (cid in usual)
+        facts = [f"{len(fits[cid])} of {num_rounds} rounds"]
+        facts += [f"fit {usual[cid]:.1f} s (median)"] if cid in usual else []
         lines.append(f"cid {cid}: {', '.join(facts + describe_device(fits[cid]))}")
     if len(shown) < len(clients):
         others = f"the {len(clients) - len(shown):,} others do not stand out" if shown else "no device stands out"
