@@ -28,14 +28,17 @@ from plumbing.common.frames import (
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.proof import is_same, make_pass, name_channel, new_nonce, prove_client, prove_server
 from plumbing.common.state import float32_weights
-from plumbing.common.wire import Holder
+from plumbing.common.wire import Holder, read_npy, write_npy
 from plumbing.device.probe import PROBE_TIMEOUT, probe
 
 import grpc
-from flwr.common import EvaluateIns, FitIns, Parameters
+from flwr.common import Parameters
 
 MAX_DELAY = 30 - PROBE_TIMEOUT  # seconds between two tries to reach the server; the probe of one takes some more
-PROXY = ("grpc.enable_http_proxy", 0)  # connect directly, as the probe does, whatever proxy is set for the web
+CLIENT_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # connect directly, as the probe does, whatever proxy is set for the web
+    ("grpc.use_local_subchannel_pool", 1),  # a connection for each Connection of a process
+]
 BUSY, LATE = "the server at {} has no place for us at the moment", "the server did not wait for us any longer"
 
 
@@ -94,14 +97,17 @@ class Session:
         return {"about": about}, [about.pop("trial")] if "trial" in about else ()
 
     def on_fit(self, question, arrays):
-        res = self.client.to_client().fit(FitIns(self.unpack(question, arrays), question["config"]))
-        sent = self.holder.pack(res.parameters)
-        answer = {"num_examples": res.num_examples, "metrics": shorten(res.metrics), "tensor_type": sent.tensor_type}
+        parameters, num_examples, metrics = self.client.fit(self.unpack(question, arrays), question["config"])
+        try:
+            sent = self.holder.pack(Parameters([write_npy(array) for array in parameters], "numpy.ndarray"))
+        except ValueError as error:  # what the server has sent before is not the model that is trained here
+            raise Malformed(printable(error)) from None
+        answer = {"num_examples": num_examples, "metrics": shorten(metrics), "tensor_type": sent.tensor_type}
         return answer, sent.tensors
 
     def on_evaluate(self, question, arrays):
-        res = self.client.to_client().evaluate(EvaluateIns(self.unpack(question, arrays), question["config"]))
-        return {"num_examples": res.num_examples, "loss": res.loss, "metrics": shorten(res.metrics)}, ()
+        loss, num_examples, metrics = self.client.evaluate(self.unpack(question, arrays), question["config"])
+        return {"num_examples": num_examples, "loss": loss, "metrics": shorten(metrics)}, ()
 
     def on_ping(self, question, arrays):
         return {}, ()
@@ -111,10 +117,12 @@ class Session:
         return {}, ()
 
     def unpack(self, question, arrays):
+        """Return the model that the server has sent, or that this device holds: [array, …]."""
         try:
-            return self.holder.unpack(Parameters(arrays, question["tensor_type"]))
-        except (ValueError, TypeError) as error:
-            raise Malformed(str(error)) from None
+            plain = self.holder.unpack(Parameters(arrays, question["tensor_type"]))
+            return [read_npy(data) for data in plain.tensors]
+        except Exception as error:  # numpy has no end of them for what is no .npy
+            raise Malformed(printable(error)) from None
 
 
 def shorten(metrics):
@@ -169,7 +177,7 @@ class Connection:
         return {None: problem, "over": None}.get(why, text)
 
     def open(self):
-        target, settings = self.address.replace("%", "%25"), [*options(), PROXY]  # for gRPC the address is a URI
+        target, settings = self.address.replace("%", "%25"), [*options(), *CLIENT_OPTIONS]  # for gRPC the address is a URI
         if self.authority is None:
             return grpc.insecure_channel(target, settings)
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(self.authority), settings)

@@ -22,7 +22,7 @@ from plumbing.laptop.stream import PATIENCE, Stream
 import grpc
 
 PLACES, PER_ADDRESS = 32, 4
-CONNECTIONS = 2000  # at most, besides two for each device; one that says nothing costs 17 KiB
+CONNECTIONS = 3000  # at most, besides two for each device; one that says nothing costs 17 KiB
 FILES = 500  # that the server needs besides connections
 PASSES = 10_000  # that are remembered: each is good for one stream
 OLD_METHOD = "/flwr.proto.FlowerService/Join"  # of FL-IoT up to 1.1, and of Flower's own start_client
