@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import ssl
 import time
 import traceback
@@ -36,10 +35,9 @@ from libs import (
     split_address,
     torch,
 )
-from plumbing.common.compare import prove
+from plumbing.common.arguments import join_address
 from plumbing.common.state import get_arrays, set_arrays
-from plumbing.common.wire import WIRE
-from plumbing.device.connection import Connection, stay_connected
+from plumbing.device.connection import start_client  # Flower's is deprecated, and 1.43 takes it away (docs/flower.md)
 from plumbing.device.machine import choose_device, describe_machine, device_id, lock_cid, sensors
 from plumbing.device.own_batch_norm import OwnBatchNorm
 from plumbing.device.pace import Paced
@@ -48,11 +46,8 @@ from plumbing.device.task import Task, count_images
 from flwr.client import ClientApp, NumPyClient
 
 from data import Steps, describe_in_checkpoint, load_shard
-from engines import client_fit_fn, run_epoch
+from engines import HYPER_PARAMETERS, client_fit_fn, run_epoch
 from nets import NETS, build_net
-
-# What else comes with a fit.
-NO_HYPER_PARAMETERS = ("round", "num_rounds", "net", "dataset_id", "fedbn", "first_step", "num_steps")
 
 
 def parse_args():
@@ -94,12 +89,10 @@ class Client(NumPyClient):
         self.waited = 0.0  # seconds that this device waited since it last printed a round
 
     def get_properties(self, config):
-        """Answer the server's handshake: who this is ("nonce"), and which net and shard it has ready ("net")."""
+        """Say who this is and, of the net that the server names, what it compares with its own."""
         if "net" in config:
             ready = self.task.make_ready(config["net"], config.get("dataset_id"), self.device)
             return {**self.properties, **ready}
-        if "nonce" in config and self.secret is not None:
-            return {**self.properties, "proof": prove(self.secret, config["nonce"], self.properties["cid"])}
         return self.properties
 
     def get_parameters(self, config):
@@ -129,7 +122,7 @@ class Client(NumPyClient):
                 say("batch norm begins with the server's: this device has none of this run")
 
             # 3. Train, and measure the trained model on the eval images.
-            hyper_parameters = {name: config[name] for name in config if name not in NO_HYPER_PARAMETERS}
+            hyper_parameters = {name: config[name] for name in HYPER_PARAMETERS if name in config}
             if "seed" in config:  # a different one in each round and on each device
                 sequence = np.random.SeedSequence([config["seed"], current, self.properties["cid"]])
                 hyper_parameters["seed"] = int(sequence.generate_state(1)[0])
@@ -205,8 +198,7 @@ def pace_loaders(task, properties, config):
 
 def describe_client(cid, dataset, device_id):
     """Return what the server is told of this client, besides its machine (plumbing/laptop/handshake.py)."""
-    net = f"the server's choice (FL-IoT {VERSION})"  # the first servers expect a net here, and show it
-    return {"cid": cid, "dataset": dataset, "device_id": device_id, "version": VERSION, "net": net}
+    return {"cid": cid, "dataset": dataset, "device_id": device_id, "version": VERSION}
 
 
 def main():
@@ -234,15 +226,18 @@ def main():
     machine = describe_machine()
     who = describe_client(args.cid, args.dataset, device_id(folder / f"client_{args.cid}.id"))
     slowdown = {"slowdown": args.slowdown} if args.slowdown > 1 else {}
-    properties = {**who, "process": secrets.token_hex(8), "wire": WIRE, **machine, **slowdown}
-    client = Client(task, device, folder / f"client_{args.cid}.ptl", properties, secret)
+    client = Client(task, device, folder / f"client_{args.cid}.ptl", {**who, **machine, **slowdown}, secret)
     say(f"client {args.cid} of {args.dataset}: {count_images(loaders)} images on {device}")
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     free = f", {machine['free_mb']} MB free" if "free_mb" in machine else ""
     say("on {board}: {0}, torch {torch}, flwr {flwr}, Python {python}{1}".format(threads, free, **machine))
     on_signal(lambda signum: os._exit(128 + signum))  # there is nothing to finish first
-    connection = Connection(client, args.server_address, args.server_port, args.root_certificate)
-    return stay_connected(connection, args.max_wait_time)
+    return start_client(
+        server_address=join_address(args.server_address, args.server_port),
+        client=client,
+        root_certificates=args.root_certificate and str(args.root_certificate),
+        max_wait_time=args.max_wait_time,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,8 +270,7 @@ def client_fn(context):
     task = Task(None, loaders, {"dataset": dataset, "args": dict(config), **data}, load, NETS, build_net)
     id_ = f"simulated {cid}" if simulated else device_id(ckps / f"client_{cid}.id")
     machine = {"board": "simulated"} if simulated else describe_machine()
-    properties = {**describe_client(cid, dataset, id_), "process": id_, **machine}
-    client = Client(task, device, ckps / f"client_{cid}.ptl", properties)
+    client = Client(task, device, ckps / f"client_{cid}.ptl", {**describe_client(cid, dataset, id_), **machine})
     if simulated:
         client.save_ckp_path = None  # of its files only the batch norm of --fedbn is needed again
     return client.to_client()

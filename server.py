@@ -22,10 +22,11 @@ from plumbing.common.state import float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop import start
 from plumbing.laptop.asking import Absences
+from plumbing.laptop.door import start_server  # Flower's is deprecated, and 1.43 takes it away (docs/flower.md)
 from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
-from plumbing.laptop.flower import start_grid, start_server
+from plumbing.laptop.flower import start_grid
 from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
 from plumbing.laptop.nodes import Nodes
@@ -251,7 +252,7 @@ def main():
     secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=secret, port=args.server_port))
+    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=secret))
     if run is None:
         return 0
     on_signal(run.server.stop)

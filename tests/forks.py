@@ -28,7 +28,7 @@ import weakref
 
 # With what flwr and wandb import only when they are used: the public API of wandb alone takes a second.
 PACKAGES = (
-    *("cv2", "filelock", "flwr.client", "flwr.proto.transport_pb2_grpc", "flwr.server", "grpc", "matplotlib.figure"),
+    *("cv2", "filelock", "flwr.client", "flwr.server", "grpc", "matplotlib.figure"),
     *("matplotlib.backends.backend_agg", "numpy", "pandas", "PIL.PngImagePlugin", "requests", "torch", "tqdm"),
     *("wandb.cli.cli", "wandb.sdk.launch", "yaml"),
 )

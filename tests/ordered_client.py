@@ -1,6 +1,6 @@
 """The suite's client.py, whose training waits for an order of the test and then does what it says.
 
-    python tests/ordered_client.py SUITE [--max_delay S] [--silence S] [--keepalive S] [--ckps DIR] [--twice]
+    python tests/ordered_client.py SUITE [--max_delay S] [--keepalive S] [--ckps DIR]
         [arguments of client.py]
 
 SUITE is the folder of a copy of the suite. The order for a cid and a round is the file SUITE/orders/<cid>_<round>
@@ -18,31 +18,28 @@ is the file SUITE/orders/free. A line before and after each training has a diges
 import argparse
 import hashlib
 import sys
-import threading
 import time
 from pathlib import Path
 
 parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
 parser.add_argument("suite", type=Path)
 parser.add_argument("--max_delay", type=int)
-parser.add_argument("--silence", type=int)
 parser.add_argument("--keepalive", type=int)
-parser.add_argument("--twice", action="store_true")  # leave the first connection as it is, and open a second
 parser.add_argument("--ckps", type=Path)
 args, rest = parser.parse_known_args()
 sys.path[0], sys.argv = str(args.suite), ["client.py", *rest]
 
 from libs import np, run_script  # noqa: E402
-from plumbing.common import sockets  # noqa: E402 (of the suite that the path above names)
+from plumbing.common import frames  # noqa: E402 (of the suite that the path above names)
 from plumbing.device import connection  # noqa: E402
 
 import client  # noqa: E402
 
-real_train, real_fit, real_serve, order = client.client_fit_fn, client.Client.fit, connection.Connection.serve, ""
+real_train, real_fit, order = client.client_fit_fn, client.Client.fit, ""
 connection.MAX_DELAY = args.max_delay or connection.MAX_DELAY
-connection.SILENCE = args.silence or connection.SILENCE
 client.CKPS = args.ckps or client.CKPS
-sockets.KEEPALIVE = args.keepalive or sockets.KEEPALIVE
+if args.keepalive:
+    frames.KEEPALIVE = frames.PING_TIMEOUT = args.keepalive
 
 
 def digest(model):
@@ -79,14 +76,5 @@ def fit(self, parameters, config):
     return arrays, num_examples, metrics
 
 
-def serve_unended(*args_of_serve):
-    threading.Thread(target=real_serve, args=args_of_serve, daemon=True).start()
-    time.sleep(1)
-    connection.Connection.serve = real_serve
-    return "lost it"
-
-
 client.client_fit_fn, client.Client.fit = train, fit
-if args.twice:
-    connection.Connection.serve = serve_unended
 run_script(client.main)

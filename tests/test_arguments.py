@@ -523,10 +523,11 @@ def test_images_with_other_channels_than_the_dataset(refuse):
 def test_secret_files(refuse, tmp_path, script, args):
     path = tmp_path / "secret"
     refuse(script, [*args, "--secret_file", path], path)
-    path.write_text(" \n")
-    path.chmod(0o600)
-    refuse(script, [*args, "--secret_file", path], path)
-    path.write_text("open sesame")
+    for short in (" \n", "open sesame, please"):
+        path.write_text(short)
+        path.chmod(0o600)
+        refuse(script, [*args, "--secret_file", path], path, "head -c 32 /dev/urandom | base64 >")
+    path.write_text("open sesame, pretty please")
     for mode in (0o604, 0o640):
         path.chmod(mode)
         refuse(script, [*args, "--secret_file", path], path, "chmod 600")

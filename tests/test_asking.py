@@ -159,8 +159,8 @@ def test_tls_client_at_a_plain_server_is_told_so(met):
 
 
 def test_plain_flower_client_is_turned_away(met):
-    assert "turned away cid unknown: it is not this suite's client.py" in met["server"].out
-    assert met["plain"].popen.returncode == 0 and "got parameters" not in met["plain"].out
+    assert "turned away cid unknown: it runs FL-IoT before 1.2.0 (make deploy), or is not" in met["server"].out
+    assert met["plain"].popen.returncode != 0 and "got parameters" not in met["plain"].out
 
 
 def test_device_replaces_its_own_dead_predecessor(met):
@@ -210,7 +210,7 @@ def test_flower_sends_telemetry_only_where_the_user_wants_it(suite, script):
 
 
 class Stranger(threading.Thread):
-    """A bare gRPC client that keeps all it is asked in `asked`, and answers properties with `answer(config)`.
+    """A bare gRPC client that keeps all it is asked in `asked`, and answers with the fields `answer(kind, question)`.
 
     It ends when the server hangs up, or asks for training.
     """
@@ -221,27 +221,21 @@ class Stranger(threading.Thread):
         self.start()
 
     def run(self):
-        import libs  # noqa: F401 (it silences gRPC before its import)
+        from plumbing.common import frames
 
         import grpc
-        from flwr.common.serde import scalar_to_proto
-        from flwr.proto.transport_pb2 import ClientMessage
-        from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 
         answers = queue.Queue()
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel, contextlib.suppress(grpc.RpcError):
-            for message in FlowerServiceStub(channel).Join(iter(answers.get, None), timeout=30):
-                kind = message.WhichOneof("msg")
-                config = {name: scalar.string for name, scalar in message.get_properties_ins.config.items()}
-                self.asked.append((kind, config))
-                if kind not in ("get_properties_ins", "reconnect_ins"):
+            stream = channel.stream_stream(frames.METHOD)(iter(answers.get, None), timeout=30)
+            for frame in stream:
+                question, _ = frames.decode(frame)
+                kind = question["kind"]
+                self.asked.append((kind, set(question) - {"kind", "arrays"}))
+                if kind in ("fit", "ping"):
                     return
-                answer = ClientMessage()
-                if kind == "get_properties_ins":
-                    for name, value in self.answer(config).items():
-                        answer.get_properties_res.properties[name].CopyFrom(scalar_to_proto(value))
-                    answer.get_properties_res.status.code = 0
-                answers.put(answer)
+                fields, arrays = ({}, []) if kind == "goodbye" else self.answer(kind, question)
+                answers.put(frames.encode(kind, fields, arrays))
 
     def all_asked(self):
         self.join(40)
@@ -249,20 +243,29 @@ class Stranger(threading.Thread):
         return self.asked
 
 
-def properties(dataset_id, **others):
-    """All that a right client says of itself, at once."""
+WHO = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32}
+
+
+def proof(secret, question, nonce, about, channel=""):
+    """A device's proof, written out: HMAC-SHA-256 over a list of texts in JSON."""
+    texts = ["client", question["nonce"], nonce, channel, json.dumps(about, sort_keys=True)]
+    return hmac.new(secret, json.dumps(texts).encode(), hashlib.sha256).hexdigest()
+
+
+def hello(about, **fields):
+    from libs import VERSION
+
+    return {"version": VERSION, "frames": 1, "nonce": "1" * 32, "about": about, **fields}, []
+
+
+def ready(dataset_id):
+    """What a right client says of its net and its shard."""
     from plumbing.common.compare import fingerprint, trial
 
     from nets import LeNet5
 
-    who = {"cid": 0, "dataset": "Tiny", "device_id": "0" * 32, "process": "0" * 16}
-    dataset = {"channels": 3, "num_classes": 10, "dataset_id": dataset_id, "num_fit": 160, "num_eval": 40}
-    net = {"fingerprint": fingerprint(LeNet5(3, 10)), "trial": trial(LeNet5(3, 10)).tobytes()}
-    return {**who, **dataset, **net, **others}
-
-
-def proof(secret, nonce, cid):
-    return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()
+    about = {"channels": 3, "num_classes": 10, "dataset_id": dataset_id, "num_fit": 160, "num_eval": 40}
+    return {"about": {**about, "fingerprint": fingerprint(LeNet5(3, 10))}}, [trial(LeNet5(3, 10)).tobytes()]
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +274,11 @@ def guarded(open_suite):
     laptop, device, other = open_suite("guarded"), open_suite("device"), open_suite("other")
     device.port = other.port = laptop.port
     files = {}
-    for name, content, mode in (("right", "tell nobody\n", 0o600), ("wrong", "no idea", 0o600), ("open", "x", 0o644)):
+    for name, content, mode in (
+        ("right", "tell nobody, not even me\n", 0o600),
+        ("wrong", "tell nobody, not even you", 0o600),
+        ("open", "x" * 20, 0o644),
+    ):
         files[name] = laptop.root / name
         files[name].write_text(content)
         files[name].chmod(mode)
@@ -283,30 +290,36 @@ def guarded(open_suite):
     guarded["wrong"] = other.client(0, "--dataset", "Tiny", "--secret_file", files["wrong"])
     server.wait_for("waiting for 1 of 1 clients", timeout=120)
 
-    nothing = Stranger(laptop.port, lambda config: {})
-    rude = Stranger(laptop.port, lambda config: {"cid": "\x1b[2J" + 1000 * "!", "proof": "\x1b[2J"})
     nonces, dataset_id = [], json.loads((laptop.root / "datasets/Tiny/dataset.json").read_text())["id"]
+    rude_name = {"cid": "\x1b[2J" + 900 * "!", "board": "\x1b[2J"}
+    first = {}  # the question, and the proof, of the one that is overheard
 
-    def overheard(config):
-        nonces.append(config.get("nonce"))
-        return properties(dataset_id, proof=proof(b"tell nobody", nonces[0], 0))
+    def of(about, said=WHO, secret=b"tell nobody, not even me"):
+        def answer(kind, question):
+            if kind == "task":
+                return ready(dataset_id)
+            nonces.append(question["nonce"])
+            return hello(about, proof=first.setdefault("proof", proof(secret, question, "1" * 32, said)))
 
-    def of_another_cid(config):
-        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 1))
+        return answer
 
-    def right(config):
-        return properties(dataset_id, proof=proof(b"tell nobody", config.get("nonce"), 0))
+    def fresh(*args):
+        first.clear()
+        return Stranger(laptop.port, of(*args)).all_asked()
 
-    guarded["strangers"] = {"nothing": nothing.all_asked(), "rude": rude.all_asked()}
-    guarded["strangers"]["of another cid"] = Stranger(laptop.port, of_another_cid).all_asked()
+    guarded["strangers"] = {
+        "nothing": Stranger(laptop.port, lambda kind, question: hello({})).all_asked(),
+        "rude": Stranger(laptop.port, lambda kind, question: hello(rude_name, proof="0" * 64)).all_asked(),
+        "of another cid": fresh(WHO, {**WHO, "cid": 1}),
+        "another secret": fresh(WHO, WHO, b"tell nobody, not even you"),
+    }
     for process in (guarded["missing"], guarded["wrong"]):
-        process.wait()
+        process.wait_for("its secret is not the server's" if process is guarded["wrong"] else "turned this client away")
     guarded["strangers let in"] = lines(server, "joined")
-    guarded["first use of a nonce"] = Stranger(laptop.port, overheard).all_asked()
+    guarded["right proof"] = fresh(WHO)
     server.wait_for("cid 0 left")
-    guarded["strangers"]["replayed"] = Stranger(laptop.port, overheard).all_asked()
+    guarded["strangers"]["replayed"] = Stranger(laptop.port, of(WHO)).all_asked()
     guarded["nonces"] = nonces
-    guarded["right proof"] = Stranger(laptop.port, right).all_asked()
     guarded["client"] = device.client(0, "--dataset", "Tiny", "--secret_file", files["right"])
     guarded["exits"] = [server.wait(), guarded["client"].wait()]
     guarded["rows"] = pd.read_csv(laptop.ckps("Tiny") / "history.csv")
@@ -315,37 +328,38 @@ def guarded(open_suite):
 
 def test_client_that_knows_the_secret_trains(guarded):
     assert guarded["exits"] == [0, 0] and list(guarded["rows"]["clients"]) == [1]
-    assert not lines(guarded["server"], "warning")  # 0.0.0.0, but with a secret
+    (line,) = lines(guarded["server"], "warning")  # 0.0.0.0, with a secret and without TLS
+    assert "--certificates" in line
 
 
-def test_proof_is_hmac_sha_256_over_nonce_and_cid(guarded):
-    for asked in (guarded["first use of a nonce"], guarded["right proof"]):
-        assert asked[0][0] == "get_properties_ins" and "fit_ins" in [kind for kind, _ in asked]
+def test_proof_is_hmac_sha_256_over_both_nonces_and_all_that_a_device_says_of_itself(guarded):
+    assert [kind for kind, _ in guarded["right proof"]] == ["hello", "task", "fit"]
 
 
-@pytest.mark.parametrize(
-    "who, reason",
-    [
-        ("missing", "the server asks for a secret: start the client with --secret_file"),
-        ("wrong", "its secret is not the server's"),
-    ],
-)
-def test_client_without_the_secret_is_turned_away(guarded, who, reason):
-    assert one_line(guarded[who]) == f"client.py: the server turned this client away: {reason}"
-    assert lines(guarded["server"], reason)
-    assert guarded["strangers let in"] == []
+def test_client_without_a_secret_is_turned_away(guarded):
+    reason = "the server asks for a secret: start the client with --secret_file"
+    assert one_line(guarded["missing"]) == f"client.py: the server turned this client away: {reason}"
+    assert lines(guarded["server"], reason) and guarded["strangers let in"] == []
 
 
-@pytest.mark.parametrize("who", ["nothing", "rude", "of another cid", "replayed"])
+def test_client_with_another_secret_does_not_obey_the_server_and_says_so(guarded):
+    """To it, the server is one that does not know the secret: anybody may send it away with any reason."""
+    (said,) = lines(
+        guarded["wrong"], "does not prove that it knows the secret (it says: its secret is not the server's"
+    )
+    assert said.endswith("trying again") and guarded["wrong"].popen.poll() is None
+    assert lines(guarded["server"], "its secret is not the server's") and "connected" not in guarded["wrong"].out
+
+
+@pytest.mark.parametrize("who", ["nothing", "rude", "of another cid", "another secret", "replayed"])
 def test_stranger_gets_a_nonce_with_the_version_and_a_reason_and_nothing_else(guarded, who):
-    (first, nonce), (second, reason), (third, _) = guarded["strangers"][who]
-    assert [first, second, third] == ["get_properties_ins", "get_properties_ins", "reconnect_ins"]
-    assert set(nonce) == {"nonce", "version"} and set(reason) == {"turned_away"}
+    asked = [("hello", {"version", "frames", "nonce"}), ("goodbye", {"why", "text"})]
+    assert guarded["strangers"][who] == asked
 
 
 def test_nonces_are_fresh(guarded):
-    nonces = [asked[0][1]["nonce"] for asked in guarded["strangers"].values()]
-    assert len(set(nonces)) == len(nonces) and all(len(nonce) >= 32 for nonce in nonces)
+    nonces = guarded["nonces"]
+    assert len(set(nonces)) == len(nonces) >= 4 and all(len(nonce) >= 32 for nonce in nonces)
 
 
 def test_what_a_stranger_calls_itself_cannot_play_with_the_terminal(guarded):

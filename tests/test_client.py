@@ -1,18 +1,15 @@
 """What the client does on its own: hanging up, a server that ends the connection, a disk that is full."""
 
-import os
-import socket
 import subprocess
 import sys
 
-from libs import VERSION, UserError
-from plumbing.device import connection
+from libs import UserError
+from plumbing.device import connection, probe
+from plumbing.device.connection import Connection, Session
 from plumbing.device.task import Task
 
 import pytest
 import torch
-from flwr.common import GetPropertiesIns, serde
-from flwr.proto.transport_pb2 import ServerMessage
 from helpers import ROOT
 
 import client
@@ -33,63 +30,22 @@ def trainer(tmp_path):
     return client.Client(task, save_ckp_path=tmp_path / "client_0.ptl")
 
 
-def test_hanging_up_ends_the_connections_to_that_port_alone_and_leaks_nothing():
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
-        near = socket.create_connection(server.getsockname())
-        bystander = socket.create_connection(other.getsockname())
-        far, _ = server.accept()
-        far_bystander, _ = other.accept()
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(5):
-            connection.hang_up(server.getsockname()[1])
-        assert len(os.listdir("/proc/self/fd")) == before
-        far.settimeout(5)
-        assert far.recv(1) == b""
-        bystander.sendall(b"x")
-        assert far_bystander.recv(1) == b"x"
-        for sock in (near, bystander, far, far_bystander):
-            sock.close()
-
-
-class Server:
-    """A server that sends the messages `questions`, and then ends the connection."""
-
-    def __init__(self, channel, questions):
-        self.questions = questions
-
-    def Join(self, answers):
-        yield from self.questions
-
-
-def get_properties(config):
-    return ServerMessage(get_properties_ins=serde.get_properties_ins_to_proto(GetPropertiesIns(config)))
-
-
-@pytest.mark.parametrize("version, added", [
-    ({}, f" (this client runs FL-IoT {VERSION}, the server before 1.1.0: update the older one)"),
-    ({"version": "9.9"}, ""),  # such a server says it itself
+@pytest.mark.parametrize("goodbye, end", [
+    (("over", ""), None), (("stopped", "later"), "later"), (("?", "\n"), ""), (None, "lost the server at 127.0.0.1:1")
 ])  # fmt: skip
-def test_client_that_is_turned_away_names_the_version_of_a_server_that_does_not(trainer, monkeypatch, version, added):
-    monkeypatch.setattr(connection, "FlowerServiceStub", lambda channel: Server(channel, questions))
-    questions = [
-        get_properties({"nonce": "a", **version}),
-        get_properties({"turned_away": "its net is None, the server's is LeNet5"}),
-    ]
-    with pytest.raises(UserError) as ended:
-        connection.Connection(trainer, "127.0.0.1", 1).serve()
-    assert str(ended.value).endswith("its net is None, the server's is LeNet5" + added)
-    assert VERSION in client.describe_client(0, "Tiny", "d")["net"]  # which the first servers show
+def test_what_a_server_says_at_the_end_is_what_the_client_does(trainer, goodbye, end):
+    session = Session(trainer)
+    session.end = goodbye
+    assert Connection(trainer, "127.0.0.1", 1).judge_end(session, "lost the server at 127.0.0.1:1") == end
 
 
 def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(trainer, monkeypatch, capsys):
     monkeypatch.setattr(connection, "probe", lambda *args: None)
     monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
-    ends = iter([[], [ServerMessage(reconnect_ins=ServerMessage.ReconnectIns())]])  # first without a goodbye
-    monkeypatch.setattr(connection, "FlowerServiceStub", lambda channel: Server(channel, next(ends)))
-    monkeypatch.setattr(connection.Connection, "watch_silence", lambda self: None)
-    assert connection.stay_connected(connection.Connection(trainer, "127.0.0.1", 1), 60) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["lost the server at 127.0.0.1:1; trying again", "training is over"]
+    ends = iter(["lost the server", None])
+    monkeypatch.setattr(Connection, "serve", lambda self: next(ends))
+    assert connection.start_client(server_address="127.0.0.1:1", client=trainer, max_wait_time=60) == 0
+    assert capsys.readouterr().out.splitlines() == ["lost the server; trying again", "training is over"]
 
 
 def test_a_net_that_cannot_be_run_here_is_told_to_the_server(trainer, monkeypatch):
@@ -133,4 +89,4 @@ from libs import nn, torch; print(nn is torch.nn is libs.nn, hasattr(libs, "pyto
 
 def test_mistyped_address_is_said(trainer):
     with pytest.raises(UserError, match="192.168.1..10"):
-        connection.probe("192.168.1..10", 8080, None)
+        probe.probe("192.168.1..10", 8080, None)

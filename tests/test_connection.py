@@ -13,7 +13,9 @@ import time
 import pytest
 from helpers import Network, Process, ends, history, lines, new_suite, ordered, patched, play, wait_until
 
-HEARTBEAT, SILENCE, ROUND_TIMEOUT, KEEPALIVE = 1, 5, 8, 6  # seconds
+KEEPALIVE, PING_TIMEOUT, ROUND_TIMEOUT = 3, 3, 8  # seconds
+PINGS = f"from plumbing.common import frames; frames.KEEPALIVE = frames.PING_TIMEOUT = {KEEPALIVE}"
+SILENCE = KEEPALIVE + PING_TIMEOUT
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,14 @@ def cut(network, tmp_path_factory, three_shards):
         return process
 
     def start_client(cid):
-        arguments = ordered(suite, cid, "--server_address", network.address, "--silence", SILENCE)
+        arguments = ordered(suite, cid, "--server_address", network.address, "--keepalive", KEEPALIVE)
         return start(network.clients, *arguments)
 
     def joined(cid):
         return len(lines(server, f"cid {cid} joined")) + len(lines(server, f"cid {cid} is back"))
 
     def noticed(client):
-        return len(lines(client, f"nothing heard from the server for {SILENCE} s; trying again"))
+        return len(lines(client, "lost the server at 10.254.0.1:"))
 
     def mend_and_see(name, before):
         up = network.mend()
@@ -59,8 +61,7 @@ def cut(network, tmp_path_factory, three_shards):
 
     try:
         rounds = ("--num_clients", 2, "--num_rounds", 3, "--round_timeout", ROUND_TIMEOUT)
-        quick = f"from plumbing.laptop import remote; remote.HEARTBEAT = {HEARTBEAT}"
-        arguments = (*patched(suite, "server", quick), *rounds)
+        arguments = (*patched(suite, "server", PINGS), *rounds)
         server = start(network.server, *arguments, "--server_address", network.address)
         first = start_client(0)
         wait_until("client 0 has joined", lambda: joined(0) == 1)
@@ -113,7 +114,7 @@ def test_waiting_client_notices_that_the_server_is_gone(cut):
 
 
 def test_server_notices_that_a_waiting_client_is_gone(cut):
-    assert cut["server noticed"] < 5
+    assert cut["server noticed"] < SILENCE + 5
 
 
 @pytest.mark.parametrize("name", ["waiting", "training", "sending"])
@@ -121,12 +122,12 @@ def test_clients_rejoin_when_the_network_is_back(cut, name):
     assert cut[name] < 30
 
 
-def test_server_notices_within_the_round_timeout(cut):
+def test_server_notices_before_the_round_timeout(cut):
     said = lines(cut["server"], "dropped cid")
     for current in (1, 2):
         for cid in (0, 1):
             (line,) = (line for line in said if line.startswith(f"round {current}: dropped cid {cid}: "))
-            assert line.endswith(f"no answer within {ROUND_TIMEOUT} s")
+            assert line.endswith(("connection lost", f"no answer within {ROUND_TIMEOUT} s"))
 
 
 def test_cable_was_cut_while_results_were_on_it(cut):
@@ -160,11 +161,10 @@ def vanished(network, tmp_path, three_shards):
         return suite.processes[-1]
 
     try:
-        short = f"from plumbing.common import sockets; sockets.KEEPALIVE = {KEEPALIVE}"
-        server = start(network.server, *patched(suite, "server", short), "--num_clients", 1, "--num_rounds", 3)
+        server = start(network.server, *patched(suite, "server", PINGS), "--num_clients", 1, "--num_rounds", 3)
         client = start(network.clients, *ordered(suite, 0, "--max_delay", 1, "--keepalive", KEEPALIVE))
         client.wait_for("fit of round 1", timeout=120)
-        time.sleep(2.5 * KEEPALIVE)
+        time.sleep(2.5 * SILENCE)
         play(suite, 1, {0: ""})
         client.wait_for("fit of round 2")
         honest = lines(server, "dropped")
@@ -184,7 +184,7 @@ def vanished(network, tmp_path, three_shards):
 
 def test_board_that_vanishes_in_the_midst_of_a_fit_is_noticed_though_an_honest_fit_may_take_any_time(vanished):
     assert vanished["honest"] == []
-    assert vanished["seconds"] < KEEPALIVE + 15
+    assert vanished["seconds"] < SILENCE + 10
     assert vanished["codes"] == [0, 0] and vanished["rows"] == [1, 2, 3]
 
 
@@ -213,10 +213,10 @@ def test_bytes_of_the_rounds_are_those_on_the_cable(network, tmp_path, three_sha
 
 
 def test_promised_times():
-    """Noticed within two minutes, back within 30 s, and no client takes a living server for dead."""
+    """Each side notices within 45 s that the other has vanished, and a device is back within 30 s."""
+    from plumbing.common import frames
     from plumbing.device import connection
     from plumbing.laptop import remote
 
-    assert connection.SILENCE <= 120 and connection.MAX_DELAY + connection.PROBE_TIMEOUT <= 30
-    assert 2 * remote.HEARTBEAT <= connection.SILENCE
-    assert remote.KEEPALIVE <= 45  # for a board that vanishes while it trains
+    assert frames.KEEPALIVE + frames.PING_TIMEOUT <= 45 and remote.BUSY > frames.KEEPALIVE + frames.PING_TIMEOUT
+    assert connection.MAX_DELAY + connection.PROBE_TIMEOUT <= 30

@@ -11,13 +11,8 @@ from helpers import ROOT
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 INSIDES = (
-    ("flwr.server", "start_server", "laptop/flower: the rounds by the scripts"),
     ("flwr.server.compat.app", "start_grid", "laptop/flower: the rounds on Flower's engines"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_bridge", "GrpcBridgeClosed", "laptop/flower: a lost connection"),
-    ("flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy", "GrpcClientProxy", "laptop/remote: its `bridge`"),
     ("flwr.server.compat.grid_client_proxy", "GridClientProxy", "laptop/nodes: a SuperNode"),
-    ("flwr.proto.transport_pb2_grpc", "FlowerServiceStub", "client.py: the stream to the server"),
-    ("flwr.proto.transport_pb2", "ServerMessage", "client.py: what comes on it"),
     ("flwr.client", "ClientApp", "client.py: the app"),
     ("flwr.server", "ServerApp", "server.py: the app"),
 )
@@ -30,25 +25,6 @@ def test_what_we_use_is_there(module, name, needed):
     except ImportError:
         found = False
     assert found, f"Flower has no {module}.{name} any more, which is needed for {needed}"
-
-
-def test_a_connection_has_its_bridge_and_the_bridge_its_end():
-    from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridge
-    from flwr.server.superlink.fleet.grpc_bidi.grpc_client_proxy import GrpcClientProxy
-
-    proxy = GrpcClientProxy("1", GrpcBridge())
-    assert hasattr(proxy, "bridge"), "ClientProxy.bridge has moved: laptop/remote ends connections by it"
-    proxy.bridge.close()
-    proxy.bridge.close()  # may be called again
-
-
-def test_the_handlers_of_signals_are_set_before_the_rounds():
-    """Server.fit puts its own in place of those of start_server, which have to be there by then."""
-    from flwr.server import start_server
-
-    source = inspect.getsource(start_server)
-    order = [source.find(word) for word in ("register_signal_handlers(", "run_fl(")]
-    assert -1 < order[0] < order[1], "start_server sets its handlers of signals elsewhere: see server.Server.fit"
 
 
 def test_parameters_are_arrays_as_npy_bytes():

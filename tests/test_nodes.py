@@ -26,7 +26,7 @@ class SuperNode(ClientProxy):
         self.grid, self.asked = SimpleNamespace(), 0
         self.properties = {
             **{name: TASK[name] for name in ("dataset", "channels", "num_classes", "fingerprint")},
-            **{"cid": 0, "device_id": "a", "process": "a", "num_fit": 4, "num_eval": 1, "dataset_id": dataset_id},
+            **{"cid": 0, "device_id": "a", "num_fit": 4, "num_eval": 1, "dataset_id": dataset_id},
             "trial": TASK["trial"].tobytes(),
         }
 

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 
-from plumbing.common import arguments
+from libs import VERSION
+from plumbing.common import arguments, frames
 from plumbing.common.process import fold
 from plumbing.device import machine
 from plumbing.device.connection import Connection
@@ -22,7 +23,6 @@ import grpc
 import pandas as pd
 import psutil
 import pytest
-from flwr.proto import transport_pb2, transport_pb2_grpc
 
 import client
 from nets import LeNet5
@@ -105,15 +105,17 @@ def test_ctrl_c_while_the_shard_is_read_is_no_traceback(tiny):
 # Connections that are lost, again and again.
 
 
-class HangsUp(transport_pb2_grpc.FlowerServiceServicer):
+class HangsUp(grpc.GenericRpcHandler):
     """A server that asks one question on each connection and then ends it, in one way or another."""
 
-    def __init__(self):
-        self.count = 0
+    count = 0
 
-    def Join(self, answers, context):
+    def service(self, handler_call_details):
+        return grpc.stream_stream_rpc_method_handler(self.join)
+
+    def join(self, answers, context):
         self.count += 1
-        yield transport_pb2.ServerMessage(get_properties_ins=transport_pb2.ServerMessage.GetPropertiesIns())
+        yield frames.encode("hello", {"version": VERSION, "frames": frames.FRAMES, "nonce": "0" * 32})
         if self.count % 2:
             next(answers)
         if self.count % 3 == 0:
@@ -125,8 +127,7 @@ def test_lost_connections_leave_no_threads_files_or_memory_behind():
     together = threading.Barrier(4)
     for _ in range(4):  # a pool starts its threads one by one, as it needs them: have all four now
         workers.submit(together.wait)
-    server = grpc.server(workers)
-    transport_pb2_grpc.add_FlowerServiceServicer_to_server(service, server)
+    server = grpc.server(workers, handlers=[service])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     trainer = client.Client(Task(LeNet5(1, 2), {"fit": [], "eval": []}), properties={"cid": 0})
@@ -335,10 +336,10 @@ def test_server_and_partition_run_without_fcntl_proc_and_mode_bits(tiny):
 
 def test_secret_is_not_judged_by_mode_bits_where_there_are_none(tmp_path, monkeypatch):
     path = tmp_path / "secret"
-    path.write_text("tell nobody\n")
+    path.write_text("tell nobody, not even me\n")
     path.chmod(0o666)
     monkeypatch.setattr(arguments, "HAS_MODE_BITS", False)
-    assert arguments.read_secret(path) == b"tell nobody"
+    assert arguments.read_secret(path) == b"tell nobody, not even me"
 
 
 def test_python_that_is_too_old_is_one_line(tiny):

@@ -27,7 +27,7 @@ MANY_PARAMETERS = ("client_fit_fn",)  # whose parameters are the contract's
 LAPTOP_ONLY = ("pandas", "wandb", "matplotlib")
 PUBLIC_FLOWER = {"flwr", "flwr.client", "flwr.common", "flwr.server"}
 PUBLIC_FLOWER |= {"flwr.server.strategy", "flwr.server.client_proxy"}
-FLOWERS_INSIDES = ("plumbing/device/connection.py", "plumbing/laptop/flower.py")  # one for each side
+FLOWERS_INSIDES = ("plumbing/laptop/flower.py",)
 
 
 def read_files(root):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from plumbing.common.process import UserError
 
+LEAST_SECRET = 20  # characters: whoever hears a proof may try shorter ones at home
 HAS_MODE_BITS = os.name == "posix"  # on Windows, files are always readable by others
 
 
@@ -110,8 +111,12 @@ def read_secret(path: Path | None) -> bytes | None:
         secret = path.read_bytes().strip()
     except OSError as error:
         raise UserError(f"secret file {path} cannot be read: {error.strerror}") from None
-    if not secret:
-        raise UserError(f"secret file {path} is empty")
+    if len(secret) < LEAST_SECRET:
+        file = shlex.quote(str(path))
+        raise UserError(
+            f"the secret in {path} has {len(secret)} characters, and {LEAST_SECRET} are the least: make one with "
+            f"head -c 32 /dev/urandom | base64 > {file} && chmod 600 {file}"
+        )
     return secret
 
 

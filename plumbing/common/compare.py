@@ -1,11 +1,10 @@
-"""Compare client and server: a net's shapes and outputs, and the proof that both know the secret."""
+"""Compare the nets of client and server: their shapes, and what they compute."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import hashlib
-import hmac
 import random
 
 from plumbing.common.process import UserError, printable
@@ -128,8 +127,3 @@ def same_trial(one: np.ndarray, other: np.ndarray) -> bool:
     one, other = one[compared], other[compared]
     finite = np.abs(other[np.isfinite(other)])
     return np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, finite.max(initial=0)), equal_nan=True)
-
-
-def prove(secret: bytes, nonce: str, cid: int) -> str:
-    """Return the answer to the server's challenge: HMAC-SHA-256 over nonce and cid, as hex digits."""
-    return hmac.new(secret, f"{nonce} {cid}".encode(), hashlib.sha256).hexdigest()

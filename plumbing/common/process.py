@@ -81,14 +81,9 @@ def on_signal(act: Callable[[int], None]) -> None:
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    mute_handlers()
-    on_signal.writer = writer  # kept open; run_script and server.py look whether it is there
-
-
-def mute_handlers() -> None:
-    """Replace the handlers of SIGINT and SIGTERM by some that do nothing (on_signal reads their numbers)."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: None)
+    on_signal.writer = writer  # kept open; run_script looks whether it is there
 
 
 def run_script(main: Callable[[], int]) -> None:

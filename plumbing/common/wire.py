@@ -21,7 +21,6 @@ from collections.abc import Callable
 import numpy as np
 from flwr.common import Parameters
 
-WIRE = 2  # what a client that reads this format says in the handshake; others get Flower's plain arrays
 COMPRESS = ("off", "fp16", "int8")
 SHRUNK = {"fp16": ("<f2", 2**15), "int8": ("i1", 127)}  # mark: its type, and what the largest difference becomes
 
@@ -74,12 +73,6 @@ def restore_all(tensors, bases):
     """Restore all tensors of a message; `bases` has what differences are to, in the same order, or is None."""
     bases = (bases or []) + [None] * len(tensors)
     return [restore(data, base) for data, base in zip(tensors, bases)]
-
-
-def count_bytes(parameters: Parameters | None, values: dict) -> int:
-    """Return about how many bytes a message with these is: parameters, and a config or metrics."""
-    tensors = parameters.tensors if parameters is not None else ()
-    return sum(map(len, tensors)) + len(repr(values))
 
 
 class Model:
@@ -144,8 +137,6 @@ class Holder:
     def unpack(self, parameters: Parameters) -> Parameters:
         """Return what the server sent as Flower's plain arrays. Raises ValueError for nonsense."""
         self.compress, _, name = parameters.tensor_type.partition(" ")
-        if not name:  # from a server without this format
-            return parameters
         if parameters.tensors:
             self.name, self.tensors = name, restore_all(parameters.tensors, self.tensors)
         elif name != self.name:

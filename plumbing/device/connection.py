@@ -1,206 +1,219 @@
-"""Finding the server, and finding it again.
-
-All that the device uses of Flower's insides is imported here: its gRPC stub, its messages, and their conversion.
-"""
+"""Finding the server, answering it, and finding it again."""
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import random
-import socket
-import ssl
-import threading
 import time
 from pathlib import Path
 
-from plumbing import UNNAMED, VERSION
-from plumbing.common.arguments import join_address
-from plumbing.common.process import UserError, say
-from plumbing.common.sockets import keep_alive, tcp_sockets
+from plumbing import VERSION
+from plumbing.common.arguments import join_address, split_address
+from plumbing.common.frames import (
+    FIRST,
+    FRAMES,
+    METHOD,
+    QUESTIONS,
+    Malformed,
+    OtherVersion,
+    decode,
+    describe_versions,
+    encode,
+    judge,
+    most_bytes,
+    options,
+    read,
+    split,
+)
+from plumbing.common.process import UserError, printable, say
+from plumbing.common.proof import is_same, make_pass, name_channel, new_nonce, prove_client, prove_server
 from plumbing.common.state import float32_weights
-from plumbing.common.wire import Holder
+from plumbing.common.wire import Holder, read_npy, write_npy
+from plumbing.device.probe import PROBE_TIMEOUT, probe
 
 import grpc
-from flwr.common import serde
-from flwr.proto.transport_pb2 import ClientMessage, Reason, ServerMessage
-from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+from flwr.common import Parameters
 
-SILENCE = 60  # seconds without a word from the server, which sends one every 20, until the connection counts as lost
-MAX_DELAY = 25  # seconds between two tries to reach the server; a try takes up to PROBE_TIMEOUT more
-PROBE_TIMEOUT = 5  # seconds
-HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # HTTP/2's preface, SETTINGS
-SETTINGS = b"\x04"  # the type of that frame, in its fourth byte
-NOT_YET_VALID, HAS_EXPIRED = 9, 10  # of X509_V_ERR_CERT_…
-NOTICES = ("turned_away", "stopped")  # the server's reasons to end a connection
-OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+MAX_DELAY = 30 - PROBE_TIMEOUT  # seconds between two tries to reach the server; the probe of one takes some more
+CLIENT_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # connect directly, as the probe does, whatever proxy is set for the web
+    ("grpc.use_local_subchannel_pool", 1),  # a connection for each Connection of a process
 ]
+BUSY, LATE = "the server at {} has no place for us at the moment", "the server did not wait for us any longer"
+
+
+class Session:
+    """The answers to a server, on one stream.
+
+    client: a flwr NumPyClient with the attributes `task`, whose `model` is the net that travels, and `secret`.
+    channel: see proof.name_channel.
+
+    Until the server has proved that it knows the secret it is told who asks to take part, and no more.
+    """
+
+    def __init__(self, client, channel: str = ""):
+        self.client, self.channel = client, channel
+        self.holder = Holder(lambda: float32_weights(client.task.model))
+        self.limit = FIRST  # bytes that the server's next frame may have
+        self.nonces, self.proved = None, client.secret is None
+        self.ticket = None
+        self.end = None  # why the server ends the stream, (why, text), once it has said so
+        self.problem = None  # why the device does
+
+    def answer(self, frame: bytes) -> bytes:
+        """Return the answer to a frame. Raises Malformed if it is none, or not yet the time for it."""
+        header, arrays = decode(frame)
+        kind = header["kind"]
+        try:
+            question = judge(header, QUESTIONS)
+        except OtherVersion as other:
+            self.problem = describe_versions(VERSION, printable(other.version, 20))
+            return encode(kind, {"version": VERSION, "frames": FRAMES, "nonce": new_nonce(), "about": {}})
+        if kind != "goodbye" and (kind == "hello") is not (self.nonces is None):
+            raise Malformed(f"{kind} at the wrong time")
+        if not self.proved and self.nonces is not None:
+            self.proved = is_same(
+                question.get("proof", ""), prove_server(self.client.secret, self.channel, self.nonces)
+            )
+        if not self.proved and kind not in ("hello", "goodbye"):
+            raise Malformed("it does not prove that it knows the secret")
+        return encode(kind, *getattr(self, f"on_{kind}")(question, arrays))
+
+    def on_hello(self, question, arrays):
+        nonce, about = new_nonce(), self.client.get_properties({})
+        self.nonces = question["nonce"], nonce
+        answer = {"version": VERSION, "frames": FRAMES, "nonce": nonce, "about": about}
+        if self.client.secret is not None:
+            answer["proof"] = prove_client(self.client.secret, self.channel, self.nonces, about)
+        return answer, ()
+
+    def on_task(self, question, arrays):
+        task = {name: question[name] for name in ("net", "dataset_id") if name in question}
+        say("connected to the server")
+        self.ticket = question["ticket"]
+        about = self.client.get_properties(task)
+        if self.client.task.model is not None:
+            self.limit = most_bytes(array.nbytes for array in self.client.get_parameters({}))
+        return {"about": about}, [about.pop("trial")] if "trial" in about else ()
+
+    def on_fit(self, question, arrays):
+        parameters, num_examples, metrics = self.client.fit(self.unpack(question, arrays), question["config"])
+        try:
+            sent = self.holder.pack(Parameters([write_npy(array) for array in parameters], "numpy.ndarray"))
+        except ValueError as error:  # what the server has sent before is not the model that is trained here
+            raise Malformed(printable(error)) from None
+        answer = {"num_examples": num_examples, "metrics": shorten(metrics), "tensor_type": sent.tensor_type}
+        return answer, sent.tensors
+
+    def on_evaluate(self, question, arrays):
+        loss, num_examples, metrics = self.client.evaluate(self.unpack(question, arrays), question["config"])
+        return {"num_examples": num_examples, "loss": loss, "metrics": shorten(metrics)}, ()
+
+    def on_ping(self, question, arrays):
+        return {}, ()
+
+    def on_goodbye(self, question, arrays):
+        self.end = question["why"], question.get("text", "")
+        return {}, ()
+
+    def unpack(self, question, arrays):
+        """Return the model that the server has sent, or that this device holds: [array, …]."""
+        try:
+            plain = self.holder.unpack(Parameters(arrays, question["tensor_type"]))
+            return [read_npy(data) for data in plain.tensors]
+        except Exception as error:  # numpy has no end of them for what is no .npy
+            raise Malformed(printable(error)) from None
+
+
+def shorten(metrics):
+    """Cut off what an error says too much for a frame."""
+    return {name: value[:1000] if isinstance(value, str) else value for name, value in metrics.items()}
 
 
 class Connection:
     """The connections to one server, one at a time.
 
-    client: a flwr NumPyClient; its `task.model` is the net whose parameters travel.
-    root_certificate: path of the server's ca.pem, None without TLS.
+    client: see Session. root_certificate: path of the server's ca.pem, None without TLS.
     """
 
-    def __init__(self, client, host: str, port: int, root_certificate: Path | None = None):
+    def __init__(self, client, host: str, port: int, root_certificate: str | None = None):
         self.client, self.host, self.port, self.root_certificate = client, host, port, root_certificate
         self.address = join_address(host, port)
-        self.heard = False  # whether the server has asked anything on the current connection
-        self.listening = None  # time since when it is the server's turn; None while the client works
-        self.notice = {}  # why the server ends the connection
-        self.versioned = True  # whether the server names its version, and so also compares ours
+        self.authority = None if root_certificate is None else Path(root_certificate).read_bytes()
+        self.heard = False  # whether the server was the right one on the current connection
+        self.ticket = None  # of the last server that we were admitted to
 
     def serve(self) -> str | None:
         """Answer the server until the connection ends. Return None if training is over, else the reason as text.
 
-        Raises UserError if the server turns this client away. (Flower's start_client is deprecated, leaves a thread
-        behind for each lost connection (grpc 21995), and takes the signals with flwr 1.11.)
+        Raises UserError if the server turns this client away.
         """
-        flower_client, answers, over = self.client.to_client(), queue.SimpleQueue(), False
-        holder = Holder(lambda: float32_weights(self.client.task.model))
-        channel, problem = self.open_channel(), f"lost the server at {self.address}"
-        self.notice, self.heard, self.listening = {}, False, time.monotonic()
+        session, answers, channel = Session(self.client, name_channel(self.authority)), queue.SimpleQueue(), self.open()
+        problem = f"lost the server at {self.address}"
         try:
-            for message in FlowerServiceStub(channel).Join(iter(answers.get, None)):
-                if not self.heard:
-                    for sock in tcp_sockets(self.port, far=True):  # to notice a server that vanishes while we train
-                        keep_alive(sock)
-                self.heard, self.listening = True, None
-                answers.put(self.answer(flower_client, message, holder))
-                over = message.HasField("reconnect_ins")
-                self.listening = time.monotonic()
+            stream = channel.stream_stream(METHOD)(iter(answers.get, None), metadata=self.make_metadata())
+            for frame in iter(lambda: read(stream, session.limit), None):
+                for message in split(session.answer(frame)):
+                    answers.put(message)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-                problem = "the server did not wait for us any longer"
-            elif self.listening is not None and time.monotonic() - self.listening >= SILENCE:
-                problem = f"nothing heard from the server for {SILENCE} s"
+            problem = self.explain(error.code()) or problem
+        except Malformed as error:
+            problem = f"what the server at {self.address} says is not understood: {error}"
         finally:
-            self.listening = None
             answers.put(None)  # ends the thread in which gRPC waits for our answers
             channel.close()
-        if "turned_away" in self.notice:
-            raise UserError(f"the server turned this client away: {self.explain(self.notice['turned_away'])}")
-        return self.notice.get("stopped", None if over else problem)
+        self.heard, self.ticket = session.ticket is not None, session.ticket or self.ticket
+        return self.judge_end(session, problem)
 
-    def open_channel(self):
-        target = self.address.replace("%", "%25")  # for gRPC the address is a URI
-        if self.root_certificate is None:
-            return grpc.insecure_channel(target, OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self.root_certificate.read_bytes())
-        return grpc.secure_channel(target, credentials, OPTIONS)
+    def judge_end(self, session, problem):
+        """Return what `serve` returns for a session that is over; a server that has proved nothing is not obeyed."""
+        why, text = session.end or (None, "")
+        text = printable(session.problem or text)
+        if not session.proved and (session.problem or session.end):
+            said = f" (it says: {text})" if text else ""
+            return f"the server at {self.address} does not prove that it knows the secret{said}"
+        if session.problem or why == "turned_away":
+            raise UserError(f"the server turned this client away: {text}")
+        return {None: problem, "over": None}.get(why, text)
 
-    def answer(self, flower_client, message: ServerMessage, holder: Holder) -> ClientMessage:
-        """Return the client's answer to one message of the server, both as Flower puts them on the wire."""
-        kind = message.WhichOneof("msg")  # such as "fit_ins"
-        if kind == "reconnect_ins":
-            return ClientMessage(disconnect_res=ClientMessage.DisconnectRes(reason=Reason.ACK))
-        name = kind[: -len("_ins")]
-        ins = getattr(serde, f"{kind}_from_proto")(getattr(message, kind))
-        if name == "get_properties":
-            self.notice = {reason: ins.config[reason] for reason in NOTICES if reason in ins.config}
-            if "nonce" in ins.config:
-                self.versioned = "version" in ins.config
-                say("connected to the server")
-        if name in ("fit", "evaluate"):
-            ins.parameters = holder.unpack(ins.parameters)
-        res = getattr(flower_client, name)(ins)
-        if name == "fit":
-            res.parameters = holder.pack(res.parameters)
-        return ClientMessage(**{f"{name}_res": getattr(serde, f"{name}_res_to_proto")(res)})
+    def open(self):
+        target, settings = (
+            self.address.replace("%", "%25"),
+            [*options(), *CLIENT_OPTIONS],
+        )  # for gRPC the address is a URI
+        if self.authority is None:
+            return grpc.insecure_channel(target, settings)
+        return grpc.secure_channel(target, grpc.ssl_channel_credentials(self.authority), settings)
 
-    def explain(self, reason):
-        """Add both versions to a reason of a server that does not name its own."""
-        if self.versioned:
-            return reason
-        return f"{reason} (this client runs FL-IoT {VERSION}, the server {UNNAMED}: update the older one)"
+    def make_metadata(self):
+        """Return the pass with which a device needs no place among the strangers (laptop/door), if it has one."""
+        key = self.ticket.encode() if self.ticket is not None else self.client.secret
+        if key is None:
+            return ()
+        nonce, device_id = new_nonce(), self.client.get_properties({})["device_id"] if self.ticket else ""
+        return (("pass", f"{nonce} {device_id} {make_pass(key, nonce)}"),)
 
-    def watch_silence(self):
-        """Forever, hang up when the server is silent for SILENCE seconds though it is its turn.
-
-        This is how a cable that was cut looks: no packet tells of it.
-        """
-        while True:
-            time.sleep(1)
-            since = self.listening
-            if since is not None and time.monotonic() - since >= SILENCE:
-                hang_up(self.port)
+    def explain(self, code):
+        """Return what gRPC's status means here, as text; None if the connection is lost, or there was none."""
+        return {
+            grpc.StatusCode.CANCELLED: LATE,
+            grpc.StatusCode.RESOURCE_EXHAUSTED: BUSY.format(self.address),
+            grpc.StatusCode.UNIMPLEMENTED: f"the server at {self.address} is not this suite's, or runs FL-IoT before "
+            f"1.2.0, and this device {VERSION}: make deploy",
+        }.get(code)
 
 
-def hang_up(port: int) -> None:
-    """Shut down this process's TCP connections to `port`.
+def start_client(*, server_address: str, client, root_certificates: str | None = None, max_wait_time: float = 0) -> int:
+    """Serve the server, across lost connections, until training is over. Return the exit code of the script.
 
-    Closing a gRPC channel waits until all data is sent: on a dead link, for up to a quarter of an hour.
-    """
-    for sock in tcp_sockets(port, far=True):
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    The parameters are those of Flower's start_client, which has no word for a lost connection, no proof that the server
+    is the right one, and no future.
 
-
-def knock(host, port, context=None):
-    """Send HTTP/2's first bytes, over TLS if `context` is given, and return the first bytes of the answer."""
-    with socket.create_connection((host, port), timeout=PROBE_TIMEOUT) as sock:
-        with context.wrap_socket(sock, server_hostname=host) if context else contextlib.nullcontext(sock) as stream:
-            stream.sendall(HELLO)
-            return stream.recv(9)
-
-
-def tls_context(**kwargs):
-    context = ssl.create_default_context(**kwargs)
-    context.set_alpn_protocols(["h2"])
-    return context
-
-
-def probe(host: str, port: int, root_certificate: Path | None) -> str | None:
-    """Return None if the server answers, else what is wrong at the moment, as text.
-
-    Raises UserError if waiting would not help: only one side speaks TLS, or the certificate does not fit. gRPC reports
-    all of these as the same UNAVAILABLE.
-    """
-    address = f"{host}:{port}"
-    try:
-        if root_certificate is not None:
-            context = tls_context(cafile=str(root_certificate))
-            return None if knock(host, port, context) else f"the server at {address} hangs up"
-        if knock(host, port)[3:4] == SETTINGS:
-            return None
-        anyone = tls_context()
-        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
-        with contextlib.suppress(ssl.SSLError):
-            knock(host, port, anyone)
-            raise UserError(f"the server at {address} speaks TLS: give its ca.pem as --root_certificate")
-        return f"what answers at {address} is not the server"
-    except ssl.SSLCertVerificationError as error:
-        if error.verify_code == NOT_YET_VALID:  # a Pi has no clock of its own, and first has to ask for the time
-            return f"the certificate of the server at {address} is not valid yet by this device's clock"
-        if error.verify_code == HAS_EXPIRED:
-            raise UserError(
-                f"the certificate of the server at {address} has expired, by this device's clock: make a new one there "
-                "with deploy/make_certificates.sh"
-            ) from None
-        raise UserError(
-            f"the certificate of the server at {address} does not fit {root_certificate}: {error.verify_message}"
-        ) from None
-    except ssl.SSLEOFError:
-        return f"the server at {address} hangs up"
-    except ssl.SSLError:
-        raise UserError(f"the server at {address} does not speak TLS: leave out --root_certificate") from None
-    except OSError as error:
-        return f"no server at {address} ({error.strerror or error})"
-    except UnicodeError:
-        raise UserError(f"--server_address {host} is neither a name nor an IP address") from None
-
-
-def stay_connected(connection: Connection, max_wait_time: float) -> int:
-    """Serve the server, across lost connections, until it says that training is over. Return the exit code.
-
+    client: see Session. root_certificates: path of the server's ca.pem, None without TLS.
     max_wait_time: seconds without a server until this gives up; 0: never.
     """
-    threading.Thread(target=connection.watch_silence, name="silence", daemon=True).start()
+    host, port = split_address(server_address)
+    connection = Connection(client, host, port, root_certificates)
     last_seen, tries, said = time.monotonic(), 0, None
     while True:
         problem = probe(connection.host, connection.port, connection.root_certificate)

@@ -23,13 +23,12 @@ LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
 class Questions:
     """Puts the questions of a round to all clients at the same time.
 
-    registry: drops a client whose time is over.
     auto_timeout: whether a client's time is limited by its own last answers, instead of by `timeout`.
     check: called every POLL seconds, to raise what should end the waiting.
     """
 
-    def __init__(self, registry, auto_timeout=False, check=None):
-        self.registry, self.auto_timeout, self.check = registry, auto_timeout, check
+    def __init__(self, auto_timeout=False, check=None):
+        self.auto_timeout, self.check = auto_timeout, check
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
 
     def ask(self, method, instructions, timeout, current):
@@ -39,7 +38,6 @@ class Questions:
         threads than clients would have some devices wait for others.
         """
         answers, waiting, started = queue.SimpleQueue(), {client for client, _ in instructions}, time.monotonic()
-        limits = {client: self.limit(method, client.cid, timeout) for client in waiting}
 
         def ask_one(client, ins, limit):
             try:
@@ -48,15 +46,11 @@ class Questions:
                 answers.put((client, error))
 
         for client, ins in instructions:
-            args, name = (client, ins, limits[client]), f"{method} {client.cid}"
+            args, name = (client, ins, self.limit(method, client.cid, timeout)), f"{method} {client.cid}"
             threading.Thread(target=ask_one, args=args, name=name, daemon=True).start()
         results, failures = [], []
         while waiting:
             self.check()
-            for client in waiting:  # Flower's own limit starts when all is sent, which to a dead link it never is
-                if limits[client] is not None and time.monotonic() > started + limits[client] + 1:
-                    limits[client] = None
-                    self.registry.remove(client)
             try:
                 client, answer = answers.get(timeout=POLL)
             except queue.Empty:

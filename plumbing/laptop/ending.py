@@ -64,7 +64,7 @@ def run_rounds(server, start, **kwargs):
             say(f"server.py: {end.code}", sys.stderr)
     except BaseException as error:
         server.error, code = error, fail(error)
-    server.registry.close({"stopped": "the server stopped before the last round"})
+    server.registry.close({"why": "stopped", "text": "the server stopped before the last round"})
     try:
         server.strategy.close()
     except BaseException as error:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hmac
-import secrets
-from collections.abc import Callable
-
-from plumbing import UNNAMED, VERSION
-from plumbing.common.compare import prove, same_trial
+from plumbing import VERSION
+from plumbing.common.compare import same_trial
+from plumbing.common.frames import FIRST, FRAMES, OtherVersion, describe_versions
 from plumbing.common.process import printable
+from plumbing.common.proof import is_same, new_nonce, prove_client, prove_server
+from plumbing.laptop.stream import PATIENCE
 
 import numpy as np
+
+READY_TIMEOUT = 120  # seconds for a client to build the net, and to read its shard again if it has to
 
 
 class TurnedAway(Exception):
@@ -21,30 +22,54 @@ class TurnedAway(Exception):
         self.cid = cid
 
 
-def handshake(
-    ask: Callable[[dict], dict], num_clients: int, task: dict, secret: bytes | None = None, unknown: str = "unknown"
-) -> dict:
-    """Return what a client says of itself, {name: value}; raise TurnedAway if it may not take part.
+def meet(stream, num_clients: int, task: dict, secret: bytes | None = None) -> dict:
+    """Ask a stranger who it is, within PATIENCE seconds. Return what it says of itself, {name: value}.
 
-    ask: puts a question to the client, {name: value}, and returns its answer.
-    task: what the client must have like the server: dataset, channels, num_classes, net, fingerprint, trial,
-        dataset_id (None: any), and sizes, {cid: (num_fit, num_eval)} or None.
-    secret: the client first has to prove that it knows it, and learns nothing before.
-    unknown: what a client without a cid is called.
+    task: see check_ready. secret: the device first has to prove that it knows it, and learns nothing before.
+    Raises TurnedAway, Gone or Malformed.
     """
-    nonce, ready = secrets.token_hex(16), {}
-    client = ask({"nonce": nonce, "version": VERSION})
-    cid = client.get("cid")
-    reason = why_not_client(client, nonce, num_clients, task["dataset"], secret)
-    if reason is None:
-        ready = ask(name_task(task["net"], task["dataset_id"]))
-        reason = why_not_ready(ready, cid, task)
+    nonce = new_nonce()
+    try:
+        hello, _ = stream.ask("hello", {"version": VERSION, "frames": FRAMES, "nonce": nonce}, timeout=PATIENCE)
+    except OtherVersion as other:
+        raise TurnedAway(describe_versions(printable(other.version, 20), VERSION)) from None
+    about, nonces = hello["about"], (nonce, hello["nonce"])
+    cid = printable(about.get("cid", "unknown"), 20)
+    if secret is not None:
+        if "proof" not in hello:
+            raise TurnedAway("the server asks for a secret: start the client with --secret_file", cid)
+        if not is_same(hello["proof"], prove_client(secret, stream.channel, nonces, about)):
+            raise TurnedAway("its secret is not the server's, or its --root_certificate", cid)
+        stream.proof = {"proof": prove_server(secret, stream.channel, nonces)}
+    check(why_not_client(about, num_clients, task["dataset"]), about)
+    return about
+
+
+def make_ready(stream, about: dict, task: dict, ticket: str) -> dict:
+    """Have a device that was met build its net. Return all that it says of itself. Raises as `meet` does."""
+    question = {**stream.proof, "ticket": ticket, **name_task(task["net"], task["dataset_id"])}
+    ready, arrays = stream.ask("task", question, (), FIRST + task["trial"].nbytes, READY_TIMEOUT)
+    client = {**ready["about"], **about, "trial": b"".join(arrays)}
+    check(why_not_ready(client, about["cid"], task), client)
+    return client
+
+
+def check_client(client: dict, num_clients: int, task: dict, unknown: str = "unknown") -> None:
+    """Raise TurnedAway if a client that has said all of itself at once may not take part.
+
+    unknown: what one without a cid is called.
+    """
+    check(why_not_client(client, num_clients, task["dataset"]), client, unknown)
+    check(why_not_ready(client, client["cid"], task), client, unknown)
+
+
+def check(reason, client, unknown="unknown"):
+    """Raise TurnedAway if there is a reason; name both versions if they differ."""
     if reason is not None:
-        version = printable(client.get("version", UNNAMED), 20)
+        cid, version = client.get("cid"), printable(client.get("version", "of no version"), 20)
         if cid is not None and version != VERSION:
-            reason += f" (it runs FL-IoT {version}, the server {VERSION}: update the older one)"
+            reason += f" ({describe_versions(version, VERSION)})"
         raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
-    return {**client, **ready}
 
 
 def name_task(net, dataset_id):
@@ -52,16 +77,10 @@ def name_task(net, dataset_id):
     return {"net": net} if dataset_id is None else {"net": net, "dataset_id": dataset_id}
 
 
-def why_not_client(client, nonce, num_clients, dataset, secret):
+def why_not_client(client, num_clients, dataset):
     """Return the reason not to admit a client for what it says of itself, or None."""
     cid = client.get("cid")
-    if secret is not None:
-        proof = client.get("proof")
-        if proof is None:
-            return "the server asks for a secret: start the client with --secret_file"
-        if not hmac.compare_digest(str(proof).encode(), prove(secret, nonce, cid).encode()):
-            return "its secret is not the server's"
-    if type(cid) is not int or not all(isinstance(client.get(name), str) for name in ("device_id", "process")):
+    if type(cid) is not int or not isinstance(client.get("device_id"), str):
         return "it is not this suite's client.py, or one of another version"
     if not 0 <= cid < num_clients:
         return f"cid {cid} is not in 0..{num_clients - 1} (server's --num_clients {num_clients})"

@@ -26,15 +26,18 @@ def add_connection_flags(add):
 
 def announce(args, address, next_round):
     """Print which rounds the server runs, where it listens, and how to start a client."""
-    if args.secret_file is None and not is_loopback(args.server_address):
-        say(f"warning: anyone who reaches {address} can take part in the training; --secret_file prevents that")
+    if not is_loopback(args.server_address):
+        if args.secret_file is None:
+            say(f"warning: anyone who reaches {address} can take part in the training; --secret_file prevents that")
+        elif args.certificates is None:
+            say("warning: whoever sits between server and device can read and change all; --certificates prevents it")
     say(f"round {next_round} to {args.num_rounds} with {args.num_clients} clients, on {address}")
     say(describe_client_command(args))
 
 
 def check_address(host, port):
     """Return the address to listen on, "IP:port" or "[IP]:port". Raise UserError if the server cannot listen there."""
-    if "%" in host:  # Flower's start_server binds without the zone
+    if "%" in host:  # gRPC binds without the zone
         raise UserError(f"cannot listen on {host} alone: use --server_address :: (all networks)")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

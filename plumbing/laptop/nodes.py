@@ -7,9 +7,10 @@ import threading
 import time
 
 from plumbing.common.process import printable
-from plumbing.laptop.handshake import TurnedAway, handshake, name_task
-from plumbing.laptop.registry import Registry
-from plumbing.laptop.remote import LOST, Admitted, ClientFailure
+from plumbing.laptop.handshake import TurnedAway, check_client, name_task
+from plumbing.laptop.registry import Clients
+from plumbing.laptop.remote import Admitted, ClientFailure
+from plumbing.laptop.stream import LOST
 
 from flwr.common import GetPropertiesIns
 
@@ -26,7 +27,7 @@ class Node(Admitted):
 
     def __init__(self, proxy, properties, turn):
         super().__init__(proxy, properties)
-        self.turn = turn
+        self.turn, self.gone = turn, threading.Event()
 
     def ask(self, method, ins, timeout, group_id):
         started = time.monotonic()
@@ -45,7 +46,7 @@ class Node(Admitted):
         self.gone.set()
 
 
-class Nodes(Registry):
+class Nodes(Clients):
     """The SuperNodes that take part, by cid. Flower registers each; the handshake decides on it.
 
     One that is turned away is asked again later: the fault on its device may be mended.
@@ -54,6 +55,17 @@ class Nodes(Registry):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.turns = threading.Semaphore(TURNS)
+        self.connections = {}  # Flower's proxies by their ids, admitted or not
+
+    def register(self, proxy):
+        self.connections[proxy.cid] = proxy
+        threading.Thread(target=self._look_after, args=(proxy,), name=f"client {proxy.cid[:8]}", daemon=True).start()
+        return True
+
+    def unregister(self, proxy):
+        if self.connections.get(proxy.cid) is proxy:
+            del self.connections[proxy.cid]
+        super().unregister(proxy)
 
     def _look_after(self, proxy):
         # A simulation polls ten times a second for each answer; a thousand such threads would leave no core to train.
@@ -66,24 +78,26 @@ class Nodes(Registry):
                 if self._admit(Node(proxy, properties, turn)):
                     return
             except TurnedAway as reason:
-                text = str(reason)
-                if text != said and not self.closed and self.seldom.say(text, f"turned away cid {reason.cid}: {text}"):
-                    said = text
+                if str(reason) != said and self._say_reason(reason):
+                    said = str(reason)
             time.sleep(ASK_AGAIN)
 
     def _ask(self, proxy):
         """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
-        _, task, _ = self.terms
-        question, unknown = name_task(task["net"], task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+        question, unknown = name_task(self.task["net"], self.task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
         try:
             answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
         except Exception as error:  # in the app on the device, or on the way there
             raise TurnedAway(printable(error), unknown) from None
-        return handshake(lambda question: answer, *self.terms, unknown)
+        check_client(answer, self.num_clients, self.task, unknown)
+        return answer
+
+    def _is_gone(self, client):
+        return self.connections.get(client.proxy.cid) is not client.proxy
 
     def remove(self, client):
         """Drop a client that Flower has lost. One that is only late is asked again: nobody would register it again."""
-        if self.connections.get(client.proxy.cid) is not client.proxy:
+        if self._is_gone(client):
             super().remove(client)
 
     def wait_for_round(self, min_clients, check):

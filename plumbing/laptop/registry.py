@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import secrets
 import threading
 import time
 
+from plumbing.common.frames import Malformed
 from plumbing.common.process import printable, say
-from plumbing.common.sockets import keep_alive, tcp_sockets
+from plumbing.common.proof import make_ticket
 from plumbing.common.wire import Sender
-from plumbing.laptop.flower import GrpcBridgeClosed
-from plumbing.laptop.handshake import TurnedAway, handshake
-from plumbing.laptop.remote import RemoteClient, ask_stranger, send_away
+from plumbing.laptop.handshake import TurnedAway, make_ready, meet
+from plumbing.laptop.remote import RemoteClient
+from plumbing.laptop.stream import Gone
 
 from flwr.server import SimpleClientManager
 
@@ -45,42 +47,27 @@ class Seldom:
         return True
 
 
-class Registry(SimpleClientManager):
-    """The clients that take part, by cid. Flower registers each connection here; the handshake decides on it.
+class Clients(SimpleClientManager):
+    """The clients that take part, by cid: those of the scripts (Registry) or of Flower's engines (laptop/nodes).
 
-    num_clients, task, secret: see laptop/handshake.
-    port: the server's, of which the connections are kept alive; None: none.
+    num_clients, task: see laptop/handshake.
     on_join: called with the cid and the properties of each client that is admitted.
     sender: sends parameters (common/wire).
     """
 
-    def __init__(self, num_clients, task, secret=None, port=None, on_join=None, sender=None):
+    def __init__(self, num_clients, task, on_join=None, sender=None):
         super().__init__()
-        self.num_clients, self.port, self.terms = num_clients, port, (num_clients, task, secret)
+        self.num_clients, self.task = num_clients, task
         self.on_join, self.sender = on_join, sender or Sender()
-        self.connections = {}  # Flower's proxies of the open connections by their ids, admitted or not
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
-        self.closed, self.notice = False, {}  # whether clients are still admitted, and what they are told if not
+        self.closed = False  # whether no client is admitted any more
         self.seldom = Seldom()
 
-    def register(self, client):
-        """Be called by Flower: `client` is its proxy of a new connection."""
-        if self.closed:
-            raise ConnectionAbortedError("the server is about to stop")
-        self.connections[client.cid] = client
-        if self.port is not None:
-            for sock in tcp_sockets(self.port):
-                keep_alive(sock)
-        threading.Thread(target=self._look_after, args=(client,), name=f"client {client.cid[:8]}", daemon=True).start()
-        return True  # so that Flower carries our questions to it
-
-    def unregister(self, client):
-        """Be called by Flower: the connection of its proxy `client` has ended."""
+    def unregister(self, proxy):
+        """Be called when the connection `proxy` has ended."""
         with self._cv:
-            if self.connections.get(client.cid) is client:
-                del self.connections[client.cid]
             for admitted in list(self.clients.values()):
-                if admitted.proxy is client:
+                if admitted.proxy is proxy:
                     self.remove(admitted)
 
     def remove(self, client):
@@ -90,37 +77,19 @@ class Registry(SimpleClientManager):
                 del self.clients[client.cid]
                 if not self.closed:
                     say(f"cid {client.cid} left")
-            client.close()
             self._cv.notify_all()
-
-    def _look_after(self, proxy):
-        """Have the handshake with a new connection, then its heartbeat for as long as it lasts."""
-        try:
-            properties = handshake(lambda question: ask_stranger(proxy, question), *self.terms)
-            client = RemoteClient(proxy, properties, self.sender)
-            if self._admit(client):
-                client.heartbeat()
-            else:
-                send_away(proxy, self.notice)
-        except GrpcBridgeClosed:
-            proxy.bridge.close()
-        except TurnedAway as reason:
-            if not self.closed:
-                self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
-            send_away(proxy, self.notice if self.closed else {"turned_away": str(reason)})
+        client.close()
 
     def _admit(self, client):
         """Take a client in, and return whether it could be. Raise TurnedAway if another one with its cid is alive."""
         before = None
         while True:
             with self._cv:
-                if self.connections.get(client.proxy.cid) is not client.proxy or self.closed:
+                if self._is_gone(client) or self.closed:
                     return False
                 other = self.clients.get(client.cid)
                 before = other or before
-                if other is None or other.gone.is_set() or other.properties["process"] == client.properties["process"]:
-                    if other is not None:
-                        other.close()
+                if other is None:
                     self.clients[client.cid] = client
                     if client.cid not in self.seen:  # no round waits longer for a client that comes back
                         self.seen.add(client.cid)
@@ -129,6 +98,7 @@ class Registry(SimpleClientManager):
                     break
             if other.is_alive():
                 raise in_use(client, other)
+            self.remove(other)
         count = f"({len(self.clients)} of {self.num_clients} clients)"
         say(f"cid {client.cid} {'is back' if before else 'joined'} {count}: {describe(client.properties)}")
         if self.on_join is not None:
@@ -156,6 +126,66 @@ class Registry(SimpleClientManager):
                     say(describe_missing(self.num_clients, self.clients))
                     say_at, pause = now + pause, min(2 * pause, 600)
                 self._cv.wait(POLL)
+
+    def _is_gone(self, client):
+        """Return whether the connection of a client that is to be admitted has ended."""
+        raise NotImplementedError
+
+    def _say_reason(self, reason):
+        """Print why a client was turned away, unless that was said lately. Return whether it is printed."""
+        return not self.closed and self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
+
+
+class Registry(Clients):
+    """The clients of the scripts. The door registers each stream here; the handshake decides on it.
+
+    secret: see laptop/handshake. The other arguments are those of Clients.
+    """
+
+    def __init__(self, *args, secret=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.secret, self.ticket_key = secret, secrets.token_bytes(32)
+        self.guests = {}  # the streams of those that are known but not ready yet, by cid
+        self.notice = None  # what clients are told once no more are admitted
+
+    def register(self, stream):
+        """Be called by the door, which has a new stream."""
+        stream.on_end = lambda: self.unregister(stream)
+        threading.Thread(target=self._look_after, args=(stream,), name="client", daemon=True).start()
+
+    def _look_after(self, stream):
+        """Have the handshake with a new stream."""
+        try:
+            if self.closed or not self._admit(RemoteClient(stream, self._greet(stream), self.sender)):
+                stream.say_goodbye(**(self.notice or {"why": "stopped"}))
+        except Gone:
+            pass
+        except Malformed as error:
+            self._say_reason(TurnedAway(f"it is not this suite's client.py: {error}"))
+        except TurnedAway as reason:
+            self._say_reason(reason)
+            stream.say_goodbye(**(self.notice or {"why": "turned_away", "text": str(reason)}))
+
+    def _greet(self, stream):
+        """Return what a client says of itself once it is ready. Raises TurnedAway, Gone or Malformed."""
+        about = meet(stream, self.num_clients, self.task, self.secret)
+        stream.leave()
+        with self._cv:
+            older, self.guests[about["cid"]] = self.guests.get(about["cid"]), stream
+        if older is not None:  # of a device that has started again
+            older.close()
+        try:
+            return make_ready(stream, about, self.task, make_ticket(self.ticket_key, about["device_id"]))
+        finally:
+            if self.guests.get(about["cid"]) is stream:
+                del self.guests[about["cid"]]
+
+    def turn_away_old(self):
+        """Be called by the door, at which a client has knocked that speaks Flower's own frames."""
+        self._say_reason(TurnedAway("it runs FL-IoT before 1.2.0 (make deploy), or is not this suite's client.py"))
+
+    def _is_gone(self, client):
+        return client.proxy.ended.is_set()
 
     def close(self, notice):
         """Admit nobody any more, and send all clients away, with a notice to those that can hear it: the idle ones."""

@@ -13,10 +13,10 @@ import re
 import signal
 import time
 
-from plumbing.common.process import mute_handlers, on_signal, say
+from plumbing.common.process import say
 from plumbing.laptop.asking import Absences, Questions
 from plumbing.laptop.registry import POLL
-from plumbing.laptop.remote import LOST
+from plumbing.laptop.stream import LOST
 
 import flwr.server
 from flwr.common import ndarrays_to_parameters
@@ -80,7 +80,7 @@ class Rounds(flwr.server.Server):
     def __init__(self, registry, strategy, min_clients=1, auto_timeout=False, target=None, absences=None):
         super().__init__(client_manager=registry, strategy=strategy)
         self.registry, self.min_clients = registry, min_clients
-        self.questions = Questions(registry, auto_timeout, self.raise_failure)
+        self.questions = Questions(auto_timeout, self.raise_failure)
         self.target, self.absences = target or Target(), absences or Absences(())
         self.budget = None  # a budget.Budget; None: all train num_epochs
         self.trained = False  # whether any round has succeeded
@@ -90,16 +90,14 @@ class Rounds(flwr.server.Server):
         self.error = None  # what else ended it early
 
     def fit(self, num_rounds, timeout):
-        """Be called by Flower: run the rounds up to `num_rounds`, with `timeout` seconds (or None) per question."""
-        if hasattr(on_signal, "writer"):  # we watch signals; Flower's start_server has just put its own handlers there
-            mute_handlers()
+        """Be called by start_server and start_grid: run the rounds up to `num_rounds`; `timeout` as in run_rounds."""
         started = time.monotonic()
         self.run_rounds(num_rounds, timeout)
         return flwr.server.History(), time.monotonic() - started
 
     def disconnect_all_clients(self, timeout):
-        """Be called by Flower after the last round: tell all clients that training is over."""
-        self.registry.close({})
+        """Be called after the last round: tell all clients that training is over."""
+        self.registry.close({"why": "over"})
 
     def stop(self, signum):
         """Note a signal (process.on_signal). A second Ctrl-C, more than a second later, ends the process at once."""

@@ -36,7 +36,7 @@ class Laptop(Suite):
         lines += [f"ansible_ssh_common_args=-o UserKnownHostsFile={shelf.folder}/known_hosts"]
         lines += [f"server_address={ADDRESS}", "dataset=Tiny", "client_flags=--num_threads 1", "secret_file=secret"]
         (root / "shelf.ini").write_text("\n".join(lines) + "\n")
-        (root / "secret").write_text("open sesame\n")
+        (root / "secret").write_text("open sesame, pretty please\n")
         (root / "secret").chmod(0o600)
 
     def make(self, verb, *variables, code=0, timeout=900):
