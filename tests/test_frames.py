@@ -87,7 +87,7 @@ def test_both_prove_that_they_know_the_secret_and_then_train():
     client = RemoteClient(Line(session.answer), shake_hands(Line(session.answer)), Sender())
     assert session.proved and session.ticket == "0" * 64 and device.trained == 0
     res = client.fit(FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1, "lr": 0.5}), None, 1)
-    assert (res.num_examples, res.metrics, device.trained) == (8, FIGURES, 1)
+    assert (res.num_examples, device.trained) == (8, 1) and res.metrics.items() >= FIGURES.items()
     assert res.parameters == ndarrays_to_parameters(ARRAYS)
     assert client.evaluate(EvaluateIns(res.parameters, {}), None, 1).loss == 1.0
 
