@@ -74,10 +74,15 @@ def describe_clients(rows, num_rounds):
         limit = SLOW * statistics.median(usual.values()) if usual else math.inf
         slow = {cid for cid in usual if usual[cid] > limit}
         shown = [cid for cid, own in clients.items() if cid in slow or not fits[cid] or stands_out(own, num_rounds)]
+    longest = {}  # round: its longest fit
+    for row in itertools.chain(*fits.values()):
+        longest[row["round"]] = max(row["fit_seconds"], longest.get(row["round"], -1.0))
     lines = []
     for cid in shown:
         facts = [f"{len(fits[cid])} of {num_rounds} rounds"]
-        facts += [f"fit {usual[cid]:.1f} s (median)"] if cid in usual else []
+        if cid in usual:
+            share = sum(row["fit_seconds"] == longest[row["round"]] for row in fits[cid]) / len(fits[cid])
+            facts.append(f"fit {usual[cid]:.1f} s (median), the slowest in {share:.0%}")
         lines.append(f"cid {cid}: {', '.join(facts + describe_device(fits[cid]))}")
     if len(shown) < len(clients):
         others = f"the {len(clients) - len(shown):,} others do not stand out" if shown else "no device stands out"
@@ -85,12 +90,7 @@ def describe_clients(rows, num_rounds):
     if len(usual) > 1:
         slowest = max(usual, key=usual.get)
         others = statistics.median(usual[cid] for cid in usual if cid != slowest)
-        longest = {}  # round: its longest fit
-        for row in itertools.chain(*fits.values()):
-            longest[row["round"]] = max(row["fit_seconds"], longest.get(row["round"], -1.0))
-        share = sum(row["fit_seconds"] == longest[row["round"]] for row in fits[slowest]) / len(fits[slowest])
-        line = f"slowest device: cid {slowest}, fit {usual[slowest]:.1f} s, the others {others:.1f} s"
-        lines.append(f"{line}, the last in {share:.0%} of rounds")
+        lines.append(f"slowest device: cid {slowest}, fit {usual[slowest]:.1f} s, the others {others:.1f} s (medians)")
     return lines
 
 
