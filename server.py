@@ -235,7 +235,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     config.update({"fedbn": about["fedbn"]} if args.fedbn else {})
     strategy = build_strategy(args, model, record, num_fit, config, progress.show_drop)
     sender = Sender(args.compress, float32_weights(model))
-    on_join = functools.partial(start.describe_client, curves, args.num_clients)
+    on_join = functools.partial(start.tell_curves_of_client, curves, args.num_clients)
     registry = new_registry(args.num_clients, task, on_join=on_join, sender=sender)
     auto = args.round_timeout == "auto"
     absences = Absences(map(str, range(args.num_clients)), curves.watch)

@@ -16,7 +16,7 @@ import time
 
 from libs import np
 from plumbing.common.state import get_arrays
-from plumbing.laptop.checks import Checks, by_cid, is_number, size_of
+from plumbing.laptop.checks import Checks, client_order, is_number, size_of
 from plumbing.laptop.history import EVALUATE_METRICS, FIT_METRICS, TRAFFIC, cid_order
 from plumbing.laptop.record import Record
 
@@ -122,7 +122,7 @@ class Checked:
         self.tries[server_round] += 1
         text = f"{self.seed} {server_round} {self.tries[server_round]}"
         instructions.sort(key=lambda pair: hashlib.blake2b(f"{text} {pair[0].cid}".encode()).digest())
-        return sorted(instructions[: self.num_fit], key=by_cid)
+        return sorted(instructions[: self.num_fit], key=client_order)
 
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate the results that pass the checks: (Parameters, metrics), or (None, {}) if they are too few."""

@@ -210,7 +210,7 @@ class Checks:
             else:
                 self._drop(server_round, getattr(failure, "cid", None), failure)
         kept = []
-        for client, res in sorted(results, key=by_cid):
+        for client, res in sorted(results, key=client_order):
             try:
                 kept.append((client, check(client, res)))
             except Rejected as reason:
@@ -245,6 +245,6 @@ class Checks:
         self.on_drop(server_round, cid, reason)
 
 
-def by_cid(result):
+def client_order(result):
     """Sort key for results and instructions, which are pairs that begin with a client."""
     return cid_order(str(result[0].cid))

@@ -89,7 +89,7 @@ class Curves:
                 say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
             self.failed = True
 
-    def describe_client(self, cid, facts):
+    def log_client(self, cid, facts):
         """Put what a client runs on into the run's config."""
         with contextlib.suppress(Exception):  # as in log
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)

@@ -32,7 +32,7 @@ class Run:
 
     def train(self, start, **kwargs):
         """Have Flower `start` the rounds, then complete what belongs to them. Return the exit code."""
-        code = run_rounds(self.server, start, config=self.config, **kwargs)
+        code = run_server(self.server, start, config=self.config, **kwargs)
         self.progress.close()
         record, server = self.server.strategy.record, self.server
         if code:
@@ -51,7 +51,7 @@ def show_results(record, curves):
     show_end(record)
 
 
-def run_rounds(server, start, **kwargs):
+def run_server(server, start, **kwargs):
     """Have Flower `start` the rounds, up to the last or what ends them early; save them. Return the exit code."""
     code = 0
     try:

@@ -65,11 +65,11 @@ def divide_time(args, count_batches, rows):
     return args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, rows)
 
 
-def describe_client(curves, num_clients, cid, properties):
+def tell_curves_of_client(curves, num_clients, cid, properties):
     """Put what a client runs on into wandb's config, unless there are too many for its page."""
     if num_clients <= MANY:
         facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
-        curves.describe_client(cid, facts)
+        curves.log_client(cid, facts)
 
 
 def hold_folder(folder, dataset):
