@@ -31,9 +31,6 @@ BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
 THREADS = 25  # of its clients, in one process; many more would mostly wait for each other, as devices do not
 IMPORTS = """import torch, grpc
 from flwr.client import NumPyClient
-from flwr.common import serde
-from flwr.proto.transport_pb2 import ClientMessage, Reason
-from flwr.proto.transport_pb2_grpc import FlowerServiceStub
 print("imported", flush=True), input()"""  # what client.py imports of others
 POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
@@ -301,14 +298,15 @@ class Bench:
                     threading.Thread(target=carry, args=(source, target, sent, name), daemon=True).start()
 
         def count(way, arguments, num_rounds):
-            server = suite.server(*shapes, 1, "--num_rounds", num_rounds, *arguments)
+            script = ["workers.py", "plain_server"] if way == BEFORE else ["server.py"]
+            about = ["--server_port", suite.port, *shapes, 1, "--num_rounds", num_rounds]
+            server = suite.start(*script, *about, *arguments)
             server.wait_for("round 1 to")
             sent = {"down": 0, "up": 0}
             listener = socket.create_server(("127.0.0.1", 0))
             threading.Thread(target=accept, args=(listener, sent), daemon=True).start()
-            script = ["workers.py", "plain_client"] if way == BEFORE else ["client.py"]
             own = ["--cid", 0, "--num_threads", 1, "--server_port", listener.getsockname()[1]]
-            client = suite.start(*script, *shapes[:2], *own)
+            client = suite.start("client.py", *shapes[:2], *own)
             server.wait(120)
             client.wait(30)
             return sent
@@ -350,12 +348,12 @@ class Bench:
         shelf.limit()
         about = ["--num_rounds", 2 * count + 4, "--server_address", shelf.address, "--server_port", suite.port]
         within = ["import os, sys; os.execvp('ip', ['ip', 'netns', 'exec', *sys.argv[1:]])"]
-        server = suite.start("-c", *within, shelf.server, sys.executable, suite.root / "server.py", *arguments, *about)
+        script = [HERE / "workers.py", "plain_server"] if way == BEFORE else [suite.root / "server.py"]
+        server = suite.start("-c", *within, shelf.server, sys.executable, *script, *arguments, *about)
         server.wait_for("round 1 to")
         own = ["--dataset", dataset, *about[2:], "--num_threads", 1]
         for cid, name in enumerate(shelf.clients):
-            script = [HERE / "workers.py", "plain_client"] if way == BEFORE else [suite.root / "client.py"]
-            suite.start("-c", *within, name, sys.executable, *script, *own, "--cid", cid)
+            suite.start("-c", *within, name, sys.executable, suite.root / "client.py", *own, "--cid", cid)
         wait_until("rounds", lambda: len(suite.history(dataset)) > count, timeout=180)  # the first warms up
         shelf.unlimit()
         server.wait(120)

@@ -1,15 +1,17 @@
 """The bench "rounds" of bench.py: servers whose rounds cost nothing but themselves, and the clients for them; run as
 
     python benchmarks/rounds.py server ours NUM_CLIENTS PORT
-    python benchmarks/rounds.py clients FIRST_CID NUM_CLIENTS PORT
+    python benchmarks/rounds.py clients ours FIRST_CID NUM_CLIENTS PORT
 
-Beside `ours`, `plain` is Flower's Server and FedAvg as they come, which have few clients at work at a time. A server
-reads a number from its input, runs that many rounds of fit and evaluate, and prints the seconds that they took; at the
-end of its input it prints its memory. Clients are threads that answer at once.
+Beside `ours`, `plain` is Flower's Server, FedAvg and gRPC as they come, which have few clients at work at a time. A
+server reads a number from its input, runs that many rounds of fit and evaluate, and prints the seconds that they took;
+at the end of its input it prints its memory. Clients are threads that answer at once.
 """
 
+import contextlib
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -22,7 +24,7 @@ from plumbing.device.task import Task
 
 from common import memory_of
 from flwr.common import ndarrays_to_parameters
-from flwr.server import ServerConfig, start_server
+from flwr.server import ServerConfig
 from flwr.server import strategy as flower
 
 import client
@@ -79,9 +81,12 @@ def serve(kind, num_clients, port):
     }
     parts = {}
     if kind != "ours":
+        from flwr.server import start_server
+
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
+        from plumbing.laptop.door import start_server
         from plumbing.laptop.record import Record
         from plumbing.laptop.registry import Registry
         from plumbing.laptop.wandb_run import start_wandb
@@ -95,10 +100,10 @@ def serve(kind, num_clients, port):
         path = CKPS / task["dataset"] / "server.ptl"
         about = {"dataset": task["dataset"], "wandb_run_id": curves.run.id}
         record = Record(model, path, about=about, on_saved=[curves.log_round])
-        parts["strategy"] = ours(model, record=record, **numbers)
-        clients = Registry(num_clients, task, None, port)
-        parts["server"] = server.Server(clients, parts["strategy"], num_clients)
-    parts["strategy"].gate_before = memory_of("self", "VmRSS")
+        strategy = ours(model, record=record, **numbers)
+        clients = Registry(num_clients, task)
+        parts["server"] = server.Server(clients, strategy, num_clients)
+    (parts["strategy"] if kind != "ours" else parts["server"].strategy).gate_before = memory_of("self", "VmRSS")
     start_server(server_address=f"127.0.0.1:{port}", config=ServerConfig(num_rounds=MANY), **parts)
 
 
@@ -106,11 +111,12 @@ class Echo(client.Client):
     """A client that says what plumbing/laptop/handshake asks for, and gives back the parameters that it gets."""
 
     def __init__(self, cid, task):
-        who = {"cid": cid, "device_id": f"{cid:032x}", "process": f"{cid:016x}", "num_fit": 4000, "num_eval": 1000}
-        super().__init__(Task(), properties={**task, **who, "dataset_id": "", "trial": task["trial"].tobytes()})
+        who = {"cid": cid, "device_id": f"{cid:032x}", "num_fit": 4000, "num_eval": 1000}
+        super().__init__(Task(build_net(*NET)), properties={**task, **who, "dataset_id": ""})
+        self.trial = {"trial": self.properties.pop("trial").tobytes()}
 
     def get_properties(self, config):
-        return self.properties
+        return {**self.properties, **(self.trial if "net" in config else {})}
 
     def fit(self, parameters, config):
         return parameters, 4000, {"fit_loss": 1.0, "fit_accuracy": 0.5, "eval_loss": 1.0, "eval_accuracy": 0.5}
@@ -119,14 +125,32 @@ class Echo(client.Client):
         return 1.0, 1000, {"global_eval_loss": 1.0, "global_eval_accuracy": 0.5}
 
 
-def be_clients(first_cid, num_clients, port):
+def serve_plain(flower_client, port):
+    """Answer Flower's server until the connection ends, as its start_client does, but in any thread."""
+    import grpc
+    from flwr.common import serde
+    from flwr.proto.transport_pb2 import ClientMessage
+    from flwr.proto.transport_pb2_grpc import FlowerServiceStub
+
+    answers = queue.SimpleQueue()
+    with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        for message in FlowerServiceStub(channel).Join(iter(answers.get, None)):
+            name = message.WhichOneof("msg")[: -len("_ins")]
+            ins = getattr(serde, f"{name}_ins_from_proto")(getattr(message, f"{name}_ins"))
+            res = getattr(serde, f"{name}_res_to_proto")(getattr(flower_client, name)(ins))
+            answers.put(ClientMessage(**{f"{name}_res": res}))
+
+
+def be_clients(kind, first_cid, num_clients, port):
     task = make_task()
 
     def stay(cid):
         echo = Echo(cid, task)
         connection = Connection(echo, "127.0.0.1", port)
-        while connection.serve() is not None:
-            time.sleep(0.2)  # the server is not up yet
+        while True:
+            with contextlib.suppress(Exception):  # the server is not up yet
+                serve_plain(echo.to_client(), port) if kind == "plain" else connection.serve()
+            time.sleep(0.2)
 
     for cid in range(first_cid, first_cid + num_clients):
         threading.Thread(target=stay, args=(cid,), daemon=True).start()
@@ -140,4 +164,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "server":
         serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        be_clients(*map(int, sys.argv[2:]))
+        be_clients(sys.argv[2], *map(int, sys.argv[3:]))

@@ -263,18 +263,20 @@ def timed_client(*args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# wifi, wire: client.py as it was before wire.py.
+# wifi, wire: server.py as it was before wire.py.
 
 
-def plain_client(*args):
-    """Run client.py with `args`, which gets and sends whole models as Flower's plain arrays."""
+def plain_server(*args):
+    """Run server.py with `args`, which sends whole models always, as if no device held any."""
     from libs import run_script
+    from plumbing.common.wire import Sender
 
-    import client
+    import server
 
-    client.WIRE = 0
-    sys.argv = ["client.py", *args]
-    run_script(client.main)
+    pack = Sender.pack
+    Sender.pack = lambda self, model, held: pack(self, model, None)
+    sys.argv = ["server.py", *args]
+    run_script(server.main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

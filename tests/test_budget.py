@@ -217,7 +217,7 @@ def test_round_lasts_as_long_as_a_fast_device_takes(shelf):
     assert statistics.median(late) < 1.8 * fast[0]
     assert (shelf.table.loc[2, "slowdown"] == 4).all() and shelf.table.loc[0, "slowdown"].isna().all()
     assert len(lines(shelf.server_again, "slowed down 4.0 times, 160 fit")) == 1
-    assert len(lines(shelf.server_again, "% of its images in a round")) == 1
+    assert len(lines(shelf.server_again, "% of its images per round")) == 1
 
 
 def test_all_images_of_a_slow_device_are_trained_on_in_turn_whoever_was_killed(shelf):

@@ -25,7 +25,7 @@ def ansible(*args, **kwargs):
     if not PLAYBOOK.exists():
         pytest.skip("Ansible is not here: make .venv-deploy/setup")
     env = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "deploy" / "ansible.cfg")}
-    return subprocess.run([PLAYBOOK, *args], env=env, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run([PLAYBOOK, *args], env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def changes(out):

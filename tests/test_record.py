@@ -55,6 +55,28 @@ def test_after_close_every_round_is_there_and_closing_again_changes_nothing(tmp_
         add(record, 4)
 
 
+def test_shortage_of_files_is_waited_for(tmp_path):
+    """Whoever opens many connections to a server can cause one."""
+    record, held = Record(LeNet5(1, 2), tmp_path / "server.ptl"), []
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        add(record, 1)
+        time.sleep(1)
+        record.check()
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    record.close()
+    assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1] and (tmp_path / "server.ptl").exists()
+    with pytest.raises(IsADirectoryError):  # which does not pass
+        worker.patiently(os.open, tmp_path, os.O_WRONLY)
+
+
 def test_the_worker_has_a_name_and_is_gone_after_close(tmp_path):
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
     assert "record" in [thread.name for thread in threading.enumerate()]

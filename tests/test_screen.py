@@ -225,7 +225,7 @@ def test_the_command_that_is_shown_starts_a_client_and_a_bar_shows_the_rounds(ti
     (tiny.root / ".venv").symlink_to(ROOT / ".venv")
     subprocess.run(["bash", tiny.root / "deploy/make_certificates.sh", "127.0.0.1"], capture_output=True, check=True)
     secret = tiny.root / "the secret"
-    secret.write_text("tell nobody")
+    secret.write_text("tell nobody, not even me")
     secret.chmod(0o600)
     flags = ["--secret_file", secret, "--certificates", tiny.root / "certificates", "--server_port", tiny.port]
     args = [tiny.root / "server.py", "--dataset", "Tiny", "--num_clients", 1, "--num_rounds", 3, *flags]

@@ -177,10 +177,8 @@ class Connection:
         return {None: problem, "over": None}.get(why, text)
 
     def open(self):
-        target, settings = (
-            self.address.replace("%", "%25"),
-            [*options(), *CLIENT_OPTIONS],
-        )  # for gRPC the address is a URI
+        target = self.address.replace("%", "%25")  # for gRPC the address is a URI
+        settings = [*options(), *CLIENT_OPTIONS]
         if self.authority is None:
             return grpc.insecure_channel(target, settings)
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(self.authority), settings)

@@ -27,7 +27,7 @@ from plumbing.laptop.history import (
     round_figures,
 )
 from plumbing.laptop.pictures import Pictures
-from plumbing.laptop.worker import Worker
+from plumbing.laptop.worker import Worker, patiently
 
 BACKLOG = 16  # finished rounds that may wait for their test, before the next one waits too
 SAVE_EVERY = 0.2  # seconds; rounds that are shorter are saved together, so that saving does not slow them down
@@ -98,22 +98,22 @@ class Files:
         (best_of), and it sends the rows that Weights & Biases lacks (Curves.catch_up).
         """
         if not self.begun:
-            self._begin()
+            patiently(self._begin)
         new = (self.clients, client_rows(rounds)), (self.history, [finished.row for finished in rounds])
         for table, rows in new:
-            table.write(rows)
+            patiently(table.write, rows)
         for finished in rounds:
             is_best = finished.row["test_accuracy"] > self.best
             # A best round has server.ptl written even if it is not the last of `rounds`: best.ptl must never be of a
             # later round than server.ptl, or a resumed run would ignore it, and the best round before it is gone.
             if is_best or finished is rounds[-1]:
-                self._save_checkpoint(self.path, finished)
+                patiently(self._save_checkpoint, self.path, finished)
             if finished is rounds[-1]:
                 for table, rows in new:  # finished by now: rows that cannot be saved are not shown either
                     table.rows += rows
             if is_best:
                 self.best = finished.row["test_accuracy"]
-                self._save_checkpoint(self.folder / "best.ptl", finished)
+                patiently(self._save_checkpoint, self.folder / "best.ptl", finished)
 
     def _begin(self):
         """Make the folder this run's: move aside what is not, and put best.ptl where it is missing."""

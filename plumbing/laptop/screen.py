@@ -105,7 +105,7 @@ def describe_device(rows):
     facts = []
     shares = [images / row["examples"] for row in rows for images in known([row], "images")]
     if shares and statistics.median(shares) < 0.995:  # with --time_budget
-        facts.append(f"{statistics.median(shares):.0%} of its images in a round")
+        facts.append(f"{statistics.median(shares):.0%} of its images per round")
     for name in ("eval_seconds", "wait_seconds"):
         if seconds := known(rows, name):
             facts.append(f"{TIMES[name]} {statistics.median(seconds):.1f} s")

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
 
+PATIENCE = 60  # seconds in which a shortage of files or memory may pass, which others on this machine can cause
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 STALLED = 3600  # seconds without progress until `close` gives up, as on a network drive that hangs
 END = object()  # the end of the worker's queue
+
+
+def patiently(act, *args):
+    """Call `act(*args)`, again for PATIENCE seconds while the system is short of files or memory."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act(*args)
+        except OSError as error:
+            if error.errno not in SHORTAGES or time.monotonic() > until:
+                raise
+        time.sleep(0.2)
 
 
 class Worker:
