@@ -122,6 +122,26 @@ class HangsUp(grpc.GenericRpcHandler):
             context.abort(grpc.StatusCode.UNAVAILABLE, "the Wi-Fi is gone")
 
 
+@pytest.mark.parametrize("said", [
+    b"nonsense", frames.encode("ping"), frames.encode("hello", {"version": 7}), bytes(frames.CHUNK + 1),
+    frames.encode("goodbye", {"why": "\x1b[2J"}), frames.encode("fit", {"config": {"round": "1"}, "tensor_type": "x"}),
+])  # fmt: skip
+def test_malformed_frame_of_a_server_ends_the_connection_and_not_the_client(said, capsys):
+    class Rogue(HangsUp):
+        def join(self, answers, context):
+            yield said
+            next(answers, None)
+
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1), handlers=[Rogue()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    trainer = client.Client(Task(LeNet5(1, 2), {"fit": [], "eval": []}), properties={"cid": 0})
+    problem = Connection(trainer, "127.0.0.1", port).serve()
+    server.stop(0).wait()
+    assert re.match("what the server at .* says is not understood: |the server at .* has no place", problem), problem
+    assert problem.isprintable() and capsys.readouterr() == ("", "")
+
+
 def test_lost_connections_leave_no_threads_files_or_memory_behind():
     workers, service = concurrent.futures.ThreadPoolExecutor(4), HangsUp()
     together = threading.Barrier(4)

@@ -77,7 +77,7 @@ def encode(kind: str, fields: dict | None = None, arrays: Iterable[bytes] = ()) 
     """Return a frame. Raises TypeError if a field is not what JSON can hold; numpy's scalars are."""
     arrays = list(arrays)
     header = {**(fields or {}), "kind": kind, "arrays": list(map(len, arrays))}
-    header = json.dumps(header, default=lambda value: value.item()).encode()
+    header = json.dumps(header, separators=(",", ":"), default=lambda value: value.item()).encode()
     length = LENGTHS.size + len(header) + sum(map(len, arrays))
     return b"".join([LENGTHS.pack(length, len(header)), header, *arrays])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from plumbing.device.probe import PROBE_TIMEOUT, probe
 import grpc
 from flwr.common import Parameters
 
+PATIENCE = 60  # seconds for the server to show that it is the right one
 MAX_DELAY = 30 - PROBE_TIMEOUT  # seconds between two tries to reach the server; the probe of one takes some more
 CLIENT_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # connect directly, as the probe does, whatever proxy is set for the web
@@ -150,16 +152,20 @@ class Connection:
         """
         session, answers, channel = Session(self.client, name_channel(self.authority)), queue.SimpleQueue(), self.open()
         problem = f"lost the server at {self.address}"
+        stream = channel.stream_stream(METHOD)(iter(answers.get, None), metadata=self.make_metadata())
+        patience = threading.Timer(PATIENCE, lambda: session.ticket or stream.cancel())
+        patience.daemon = True
+        patience.start()
         try:
-            stream = channel.stream_stream(METHOD)(iter(answers.get, None), metadata=self.make_metadata())
             for frame in iter(lambda: read(stream, session.limit), None):
                 for message in split(session.answer(frame)):
                     answers.put(message)
         except grpc.RpcError as error:
-            problem = self.explain(error.code()) or problem
+            problem = self.explain(error.code(), session.ticket is not None) or problem
         except Malformed as error:
             problem = f"what the server at {self.address} says is not understood: {error}"
         finally:
+            patience.cancel()
             answers.put(None)  # ends the thread in which gRPC waits for our answers
             channel.close()
         self.heard, self.ticket = session.ticket is not None, session.ticket or self.ticket
@@ -191,10 +197,10 @@ class Connection:
         nonce, device_id = new_nonce(), self.client.get_properties({})["device_id"] if self.ticket else ""
         return (("pass", f"{nonce} {device_id} {make_pass(key, nonce)}"),)
 
-    def explain(self, code):
+    def explain(self, code, admitted):
         """Return what gRPC's status means here, as text; None if the connection is lost, or there was none."""
         return {
-            grpc.StatusCode.CANCELLED: LATE,
+            grpc.StatusCode.CANCELLED: LATE if admitted else BUSY.format(self.address),
             grpc.StatusCode.RESOURCE_EXHAUSTED: BUSY.format(self.address),
             grpc.StatusCode.UNIMPLEMENTED: f"the server at {self.address} is not this suite's, or runs FL-IoT before "
             f"1.2.0, and this device {VERSION}: make deploy",

@@ -1,10 +1,10 @@
 """The server's door: the streams of the devices over gRPC, and what keeps strangers from closing it to them.
 
 A stranger is a stream that has not yet proved that it knows the secret (without a secret: not yet said who it is). It
-has a place for PATIENCE seconds; there are PLACES of them, and PER_ADDRESS for one address. A device with a pass,
-made of the secret or of the ticket that it got when it was here before, needs no place. What strangers send is read
-one frame at a time, of FIRST bytes, and the rest stays with them: gRPC's window of 64 KiB. A stream has a thread of
-the pool, and in the handshake one of the registry's.
+has a place for PATIENCE + GOODBYE seconds; there are PLACES of them, and PER_ADDRESS for one address. A device with a
+pass, made of the secret or of the ticket that it got when it was here before, needs no place. What strangers send is
+read one frame at a time, of FIRST bytes, and the rest stays with them: gRPC's window of 64 KiB. A stream has a thread
+of the pool, and in the handshake one of the registry's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import urllib.parse
 from plumbing.common.frames import METHOD, options
 from plumbing.common.process import UserError
 from plumbing.common.proof import is_same, make_pass, make_ticket, name_channel
-from plumbing.laptop.stream import PATIENCE, Stream
+from plumbing.laptop.stream import GOODBYE, PATIENCE, Stream
 
 import grpc
 
@@ -28,8 +28,8 @@ PASSES = 10_000  # that are remembered: each is good for one stream
 OLD_METHOD = "/flwr.proto.FlowerService/Join"  # of FL-IoT up to 1.1, and of Flower's own start_client
 SERVER_OPTIONS = [
     ("grpc.max_concurrent_streams", 1),  # on a connection
-    ("grpc.server_handshake_timeout_ms", 1000 * PATIENCE),  # for a connection to begin with HTTP/2, or TLS
-    ("grpc.max_connection_idle_ms", 1000 * PATIENCE),  # without a stream
+    ("grpc.server_handshake_timeout_ms", 1000 * (PATIENCE + GOODBYE)),  # for a connection to begin with HTTP/2, or TLS
+    ("grpc.max_connection_idle_ms", 1000 * (PATIENCE + GOODBYE)),  # without a stream
     ("grpc.max_metadata_size", 4096),
     ("grpc.so_reuseport", 0),  # or a second server could take the same port
 ]

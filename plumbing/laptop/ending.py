@@ -58,7 +58,7 @@ def run_server(server, start, **kwargs):
         start(server=server, **kwargs)
     except Stopped:
         say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C again exits at once)")
-    except SystemExit as end:  # Flower's own way out: a port taken in the meantime, a signal before the first round
+    except SystemExit as end:  # Flower's own way out, on its engines
         code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
         if isinstance(end.code, str):
             say(f"server.py: {end.code}", sys.stderr)

@@ -131,9 +131,9 @@ class Clients(SimpleClientManager):
         """Return whether the connection of a client that is to be admitted has ended."""
         raise NotImplementedError
 
-    def _say_reason(self, reason):
-        """Print why a client was turned away, unless that was said lately. Return whether it is printed."""
-        return not self.closed and self.seldom.say(str(reason), f"turned away cid {reason.cid}: {reason}")
+    def _say_reason(self, reason, key=None):
+        """Print why a client was turned away, unless that, or the same `key`, was said lately. Return whether it is."""
+        return not self.closed and self.seldom.say(key or str(reason), f"turned away cid {reason.cid}: {reason}")
 
 
 class Registry(Clients):
@@ -161,7 +161,7 @@ class Registry(Clients):
         except Gone:
             pass
         except Malformed as error:
-            self._say_reason(TurnedAway(f"it is not this suite's client.py: {error}"))
+            self._say_reason(TurnedAway(f"it is not this suite's client.py: {error}"), key="malformed")
         except TurnedAway as reason:
             self._say_reason(reason)
             stream.say_goodbye(**(self.notice or {"why": "turned_away", "text": str(reason)}))

@@ -10,7 +10,7 @@ from plumbing.common.frames import ANSWERS, FIRST, Malformed, OtherVersion, deco
 
 import grpc
 
-PATIENCE = 15  # seconds for a stranger to say who it is
+PATIENCE, GOODBYE = 10, 5  # seconds for a stranger to say who it is, and then to hear why it may not stay
 LOST = "connection lost"  # the one reason of Gone that says nothing about the run
 
 
@@ -63,10 +63,10 @@ class Stream:
             self.close()
             raise
 
-    def say_goodbye(self, why, text="", timeout=PATIENCE):
+    def say_goodbye(self, why, text=""):
         """Tell the device why the stream ends, and end it: "turned_away", "stopped" or "over"."""
         with contextlib.suppress(Gone, Malformed):
-            self.ask("goodbye", {**self.proof, "why": why, "text": text[:1000]}, timeout=timeout)
+            self.ask("goodbye", {**self.proof, "why": why, "text": text[:1000]}, timeout=GOODBYE)
         self.questions.put(None)
 
     def carry(self, messages):
