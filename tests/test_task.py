@@ -79,6 +79,7 @@ def test_server_takes_the_number_of_clients_from_the_cut(tiny):
     fewer = tiny.server("--dataset", "Tiny", "--num_clients", 2)
     fewer.wait_for("waiting for 2 of 2 clients")
     assert "note: Tiny is split into 3 shards, and --num_clients is 2\n" in fewer.out
+    fewer.kill()
     more = tiny.server("--dataset", "Tiny", "--num_clients", 5)  # it would wait for cids without a shard
     assert more.wait() == 2
     assert more.err == "server.py: --num_clients 5: Tiny is split into 3 shards only\n"
