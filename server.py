@@ -249,15 +249,18 @@ def main():
     args = parse_args()
     if not args.verbose:
         quiet_flower()
-    secret = read_secret(args.secret_file)
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=secret))
+    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=read_secret(args.secret_file)))
     if run is None:
         return 0
     on_signal(run.server.stop)
     announce(args, address, run.next_round)
-    code = run.train(start_server, server_address=address, certificates=certificates)
+
+    def run_rounds():
+        start_server(server_address=address, server=run.server, config=run.config, certificates=certificates)
+
+    code = run.train(run_rounds)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
@@ -285,7 +288,7 @@ def run_app(grid, context):
         run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
         if run is not None:
             say(f"round {run.next_round} to {args.num_rounds} with {args.num_clients} clients")
-            code = run.train(start_grid, grid=grid)
+            code = run.train(lambda: start_grid(grid=grid, server=run.server, config=run.config))
     except Exception as error:
         code = fail(error)
     if code != 0:

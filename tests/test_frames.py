@@ -37,7 +37,7 @@ class Device(NumPyClient):
     def __init__(self, secret=None):
         self.secret, self.task, self.trained = secret, self, 0
         self.model = LeNet5(3, 10)
-        self.who = {"cid": 1, "dataset": "Tiny", "device_id": "d", "version": VERSION}
+        self.who = {"cid": 1, "dataset": "Tiny", "device_id": "d", "version": VERSION, "board": "a Pi"}
 
     def get_properties(self, config):
         return {**self.who, **READY, "trial": TASK["trial"].tobytes()} if "net" in config else self.who
@@ -85,6 +85,7 @@ def test_both_prove_that_they_know_the_secret_and_then_train():
     device = Device(SECRET)
     session = Session(device)
     client = RemoteClient(Line(session.answer), shake_hands(Line(session.answer)), Sender())
+    assert client.properties["board"] == "a Pi" and client.properties["num_fit"] == 8
     assert session.proved and session.ticket == "0" * 64 and device.trained == 0
     res = client.fit(FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1, "lr": 0.5}), None, 1)
     assert (res.num_examples, device.trained) == (8, 1) and res.metrics.items() >= FIGURES.items()

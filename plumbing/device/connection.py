@@ -35,6 +35,7 @@ from plumbing.device.probe import PROBE_TIMEOUT, probe
 import grpc
 from flwr.common import Parameters
 
+WHO = ("cid", "dataset", "device_id", "version")  # what of its properties a device tells before the server's proof
 PATIENCE = 60  # seconds for the server to show that it is the right one
 MAX_DELAY = 30 - PROBE_TIMEOUT  # seconds between two tries to reach the server; the probe of one takes some more
 CLIENT_OPTIONS = [
@@ -82,7 +83,8 @@ class Session:
         return encode(kind, *getattr(self, f"on_{kind}")(question, arrays))
 
     def on_hello(self, question, arrays):
-        nonce, about = new_nonce(), self.client.get_properties({})
+        nonce, properties = new_nonce(), self.client.get_properties({})
+        about = {name: properties[name] for name in WHO if name in properties}
         self.nonces = question["nonce"], nonce
         answer = {"version": VERSION, "frames": FRAMES, "nonce": nonce, "about": about}
         if self.client.secret is not None:
@@ -96,7 +98,8 @@ class Session:
         about = self.client.get_properties(task)
         if self.client.task.model is not None:
             self.limit = most_bytes(array.nbytes for array in self.client.get_parameters({}))
-        return {"about": about}, [about.pop("trial")] if "trial" in about else ()
+        trial = [about.pop("trial")] if "trial" in about else []
+        return {"about": shorten(about)}, trial
 
     def on_fit(self, question, arrays):
         parameters, num_examples, metrics = self.client.fit(self.unpack(question, arrays), question["config"])
@@ -127,9 +130,9 @@ class Session:
             raise Malformed(printable(error)) from None
 
 
-def shorten(metrics):
+def shorten(entries):
     """Cut off what an error says too much for a frame."""
-    return {name: value[:1000] if isinstance(value, str) else value for name, value in metrics.items()}
+    return {name: value[:1000] if isinstance(value, str) else value for name, value in entries.items()}
 
 
 class Connection:

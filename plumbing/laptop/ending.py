@@ -30,9 +30,9 @@ class Run:
     def next_round(self):
         return len(self.server.strategy.record.history.rows) + 1
 
-    def train(self, start, **kwargs):
-        """Have Flower `start` the rounds, then complete what belongs to them. Return the exit code."""
-        code = run_server(self.server, start, config=self.config, **kwargs)
+    def train(self, start):
+        """Call `start`, which runs the rounds, then complete what belongs to them. Return the exit code."""
+        code = run_server(self.server, start)
         self.progress.close()
         record, server = self.server.strategy.record, self.server
         if code:
@@ -51,11 +51,11 @@ def show_results(record, curves):
     show_end(record)
 
 
-def run_server(server, start, **kwargs):
-    """Have Flower `start` the rounds, up to the last or what ends them early; save them. Return the exit code."""
+def run_server(server, start):
+    """Call `start`, which runs the rounds up to the last or what ends them early; save them. Return the exit code."""
     code = 0
     try:
-        start(server=server, **kwargs)
+        start()
     except Stopped:
         say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C again exits at once)")
     except SystemExit as end:  # Flower's own way out, on its engines
