@@ -255,7 +255,7 @@ def main():
     run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=secret))
     if run is None:
         return 0
-    on_signal(run.server.stop)
+    on_signal(run.stop)
     announce(args, address, run.next_round)
     code = run.train(start_server, server_address=address, certificates=certificates)
     sys.stdout.flush()
