@@ -85,7 +85,7 @@ class Client(NumPyClient):
         self.task, self.device, self.save_ckp_path = task, device, save_ckp_path
         self.properties, self.secret = properties or {}, secret
         self.own_batch_norm = OwnBatchNorm(save_ckp_path and Path(save_ckp_path).with_suffix(".bn"))
-        self.answered = None  # when the last fit or evaluate was answered
+        self.answered = None  # when the last fit or evaluate was answered on this connection
         self.waited = 0.0  # seconds that this device waited since it last printed a round
 
     def get_properties(self, config):
@@ -176,9 +176,9 @@ class Client(NumPyClient):
             self.answered = time.monotonic()
 
     def measure_wait(self):
-        """Return {"wait_seconds": since the last answer}: the time of the network and the others; {} before the first.
+        """Return {"wait_seconds": since the last answer}: the time of the network and the others.
 
-        Also adds it to `waited`.
+        {} before the first answer on a connection. Also adds it to `waited`.
         """
         if self.answered is None:
             return {}

@@ -289,6 +289,8 @@ def main():
         sizes = sorted({len(ids) for ids in write_dataset(new, args)})
     sizes = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else sizes[0]
     say(f"{shlex.quote(str(folder))}: {args.num_clients} clients with {sizes} images each, {args.partition}")
+    if args.bundles:
+        say(f"a bundle for each client: {shlex.quote(str(folder / 'bundles'))}")
 
 
 if __name__ == "__main__":

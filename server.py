@@ -254,7 +254,7 @@ def main():
     run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=read_secret(args.secret_file)))
     if run is None:
         return 0
-    on_signal(run.server.stop)
+    on_signal(run.stop)
     announce(args, address, run.next_round)
 
     def run_rounds():

@@ -296,25 +296,28 @@ def draw(path, about):
     from matplotlib.figure import Figure
 
     rows = about["rows"]
-    picture = Figure(figsize=(11, 0.42 * len(rows) + 1.6), layout="constrained")
+    kinds = {True: ("tab:green", "goal met"), False: ("tab:red", "goal missed"), None: ("tab:gray", "no goal")}
+    picture = Figure(figsize=(10, 0.28 * len(rows) + 1.8), layout="constrained")
     axes = picture.subplots()
     for place, row in enumerate(rows):
-        ratio, colour = row["ratio"], {True: "tab:green", False: "tab:red", None: "tab:gray"}[row["met"]]
+        ratio, (colour, _) = row["ratio"], kinds[row["met"]]
         axes.plot([ratio["min"], ratio["max"]], [place, place], "-", color=colour, linewidth=5, alpha=0.35)
         axes.plot(ratio["median"], place, "o", color=colour)
         if row["goal"] is not None:
             axes.plot(row["goal"], place, "|", color="black", markersize=16, markeredgewidth=2)
     axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(rows)), [f"{row['bench']}: {row['name']}, against {row['against']}" for row in rows])
-    axes.tick_params(axis="y", labelsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['name']}, against {row['against']}" for row in rows])
+    for colour, label in kinds.values():
+        axes.plot([], [], "o-", color=colour, label=label)
+    picture.legend(loc="outside lower right", ncols=len(kinds))
     axes.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
-    ticks = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5]
+    ticks = [0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("ours / reference, logarithmic: median (dot),\nleast to greatest (bar), goal (black mark)")
     machines = {f"{run['cpu']}, {run['cores']} cores, {run['date'][:10]}" for run in about["runs"].values()}
-    axes.set_title("; ".join(sorted(machines)), fontsize=9)
+    picture.suptitle("\n".join(sorted(machines)), fontsize="medium")
     picture.savefig(path, dpi=120)
     print(f"written: {path}")
 
@@ -458,13 +461,14 @@ def mean(values):
 def read_mixed():
     """{(split, shelf): {method: {seed: its run}}} of mixed.json; a run's `rounds` are [(time, accuracies), …].
 
-    The devices of the second shelf train the same when all wait; only the time of a round is another one.
+    The devices of the second shelf train the same when all wait; only the time of a round is another one. It is left
+    out of a split for which no other method was run on it.
     """
     about, runs = read("mixed.json"), {}
     for run in about["runs"]:
         runs.setdefault((run["split"], run["shelf"]), {}).setdefault(run["method"], {})[run["seed"]] = run
     first, second = about["shelves"]
-    for split in list(dict.fromkeys(split for split, _ in runs)):
+    for split in [split for split, shelf in runs if shelf == second]:
         for seed, run in runs.get((split, first), {}).get(WAIT, {}).items():
             seconds = seconds_of_round(run["sizes"], about["shelves"][second], about["measuring"])
             rounds = [((place + 1) * seconds, classes) for place, (_, classes) in enumerate(run["rounds"])]
@@ -678,7 +682,7 @@ def draw_growth(path):
         measured = read_growth(kind)
         (line,) = times.plot(measured.keys(), [row["round_seconds"] for row in measured.values()], "o-", label=label)
         straight = straight_line(measured)
-        times.plot(straight.keys(), straight.values(), ":", color=line.get_color(), label="in proportion to clients")
+        times.plot(straight.keys(), straight.values(), ":", color=line.get_color())
         memory.plot(measured.keys(), [row["server_mib"] for row in measured.values()], "o-", label=label)
     times.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds per round")
     memory.set(xscale="log", xlabel="clients", ylabel="server's peak memory, MiB")
@@ -687,6 +691,7 @@ def draw_growth(path):
         axis.set_major_formatter("{x:g}")
     for axes in (times, memory):
         axes.grid(alpha=0.3)
+    times.plot([], [], ":", color="0.4", label="in proportion to the number of clients")
     picture.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     picture.savefig(path, dpi=110)
     print(f"written: {path}")

@@ -35,8 +35,8 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
     ${args[@]+"${args[@]}"} &
 server=$!
 processes+=("$server")
-echo "each client is a process of its own, and prints to
-    ckps/$dataset/client_<cid>.log"
+echo "the demo starts the clients itself; on real boards, run the line that the server prints.
+Each client prints to ckps/$dataset/client_<cid>.log"
 mkdir -p "ckps/$dataset"
 for ((cid = 0; cid < num_clients; cid++)); do
     "$python" client.py --server_port "$port" --dataset "$dataset" --cid "$cid" --num_threads 1 \

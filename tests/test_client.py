@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 from libs import UserError
 from plumbing.device import connection, probe
@@ -46,6 +47,15 @@ def test_server_that_ends_the_connection_in_good_order_is_looked_for_again(train
     monkeypatch.setattr(Connection, "serve", lambda self: next(ends))
     assert connection.start_client(server_address="127.0.0.1:1", client=trainer, max_wait_time=60) == 0
     assert capsys.readouterr().out.splitlines() == ["lost the server; trying again", "training is over"]
+
+
+def test_time_without_a_server_is_no_waiting(trainer, monkeypatch):
+    trainer.answered = time.monotonic() - 40
+    monkeypatch.setattr(trainer, "get_properties", lambda config: {})
+    Session(trainer).on_task({"ticket": "t"}, ())
+    assert trainer.measure_wait() == {} and trainer.waited == 0.0
+    trainer.fit(trainer.get_parameters({}), {"round": 1})
+    assert 0 <= trainer.measure_wait()["wait_seconds"] < 20
 
 
 def test_a_net_that_cannot_be_run_here_is_told_to_the_server(trainer, monkeypatch):

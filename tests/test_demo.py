@@ -50,6 +50,8 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     assert process.wait(120) == 0, (suite.root / "demo.log").read_text()
     output = (suite.root / "demo.log").read_text()
     assert output.count("CIFAR-10 cannot be downloaded: training on Shapes10 instead") == 1
+    assert "or read images that you have (--source FILE), or train on drawn ones (--dataset Shapes10)" in output
+    assert output.index("the demo starts the clients itself") < output.index("run on each device (N = 0…1)")
     assert "Traceback" not in output and "round 2/2" in output
     shown = re.search(
         r"ends like this:\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
@@ -111,7 +113,8 @@ def test_source_is_noted_so_that_it_is_found_from_any_folder(make, shapes_zip, m
 
 
 def test_ctrl_c_ends_all_processes_of_the_demo_which_leaves_the_split_alone(suite, demo):
-    suite.partition("--dataset", "Shapes10", "--num_clients", 3, "--bundles")
+    made = suite.partition("--dataset", "Shapes10", "--num_clients", 3, "--bundles")
+    assert f"a bundle for each client: {suite.root}/datasets/Shapes10/bundles\n" in made.out
     before = tree(suite.root / "datasets" / "Shapes10")
     process = demo(DATASET="Shapes10", NUM_ROUNDS="1000")
     history = suite.ckps("demo-Shapes10") / "history.csv"

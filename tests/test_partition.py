@@ -39,6 +39,7 @@ from helpers import Suite, free_port, images, shards, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -207,14 +208,14 @@ def legend(monkeypatch):
     fonts = font_manager.fontManager
     monkeypatch.setattr(fonts, "ttflist", [font for font in fonts.ttflist if font.name.startswith("DejaVu")])
     drawing.fonts_for.cache_clear()
-    names, real = [], Figure.legend
+    names, real = [], Axes.legend
 
     def legend(figure, handles, labels, **kwargs):
         drawn = real(figure, handles, labels, **kwargs)
         names.extend(text.get_text() for text in drawn.get_texts())
         return drawn
 
-    monkeypatch.setattr(Figure, "legend", legend)
+    monkeypatch.setattr(Axes, "legend", legend)
     yield names
     drawing.fonts_for.cache_clear()
 

@@ -585,13 +585,17 @@ def test_best_starts_anew_on_new_data(tiny, shapes_zip):
 def test_no_more_than_a_hundred_clients_have_curves_of_their_own(tmp_path, capsys, number):
     logged = {}
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: logged.update(as_curves(*saved))])
-    told = {str(cid): {"examples": 5, "fit_loss": 1.0, "fit_seconds": 1.0 + cid} for cid in range(number)}
+    counts = {"examples": 5, "steps": 19.0, "bytes_down": 2009620.0}
+    told = {str(cid): {**counts, "fit_loss": 1.0, "fit_seconds": 1.0 + cid} for cid in range(number)}
     record.add({"round": 1, **FIGURES}, get_arrays(record.model), told)
     record.close()
     show_end(record)
     assert [f"clients/{cid}/fit_loss" in logged for cid in told] == [number <= 100] * number
     assert f"slowest device: cid {number - 1}, fit {number:.1f} s" in capsys.readouterr().out
-    assert logged["fit/loss"] == 1.5 and len(pd.read_csv(tmp_path / "clients.csv")) == number
+    history, clients = (pd.read_csv(tmp_path / f"{name}.csv", dtype=str) for name in ("history", "clients"))
+    assert logged["fit/loss"] == 1.5 and len(clients) == number
+    assert history["bytes_down"][0] == str(2009620 * number) and history["bytes_up"].isna().all()
+    assert list(clients.loc[0, [*counts, "fit_loss"]]) == ["5", "19", "2009620", "1.0"]
 
 
 def test_from_eight_devices_on_only_those_that_stand_out_have_a_line():
@@ -609,10 +613,15 @@ def test_from_eight_devices_on_only_those_that_stand_out_have_a_line():
 
     odd = {"1": {"fit_seconds": 4.0}, "3": {"cpu_temp_c": 81.0}, "4": {"throttled": 1.0}, "6": {"last": 5}}
     odd["5"] = {"examples": math.nan, "fit_seconds": math.nan}  # all that it sent was dropped
-    assert [line.split(":")[0] for line in shown(7, {})] == [*(f"cid {cid}" for cid in range(7)), "slowest device"]
+    assert [line.split(":")[0] for line in shown(7, {})] == [f"cid {cid}" for cid in range(7)]
     assert shown(8, {})[0] == "no device stands out; clients.csv has the figures of each"
     lines = shown(8, odd)
-    assert lines[0].startswith("cid 1: 10 of 10 rounds, fit 4.0 s (median), the slowest in 100%, evaluate 0.5 s, ")
+    assert lines[0].startswith(
+        "cid 1: 10 of 10 rounds, fit 4.0 s (median), the slowest in 100% of its rounds, evaluate 0.5 s, "
+    )
     assert [line.split(" of")[0] for line in lines[1:-2]] == ["cid 3: 10", "cid 4: 10", "cid 5: 0", "cid 6: 5"]
     assert lines[-2] == "the 3 others do not stand out; clients.csv has the figures of each"
     assert lines[-1] == "slowest device: cid 1, fit 4.0 s, the others 2.0 s (medians)"
+    part = shown(3, {"0": {"fit_seconds": 0.9}, "1": {"images": 2.0, "wait_seconds": 0.0123}})  # with --time_budget
+    assert "cid 1: 10 of 10 rounds, fit 2.0 s (median)" in part[1] and "40% of its images" in part[1]
+    assert "fit 0.9 s" in part[0] and "waiting 0.012 s" in part[1] and len(part) == 3

@@ -175,6 +175,13 @@ def test_missing_clients_are_named_at_decreasing_frequency(monkeypatch):
     assert times[0] < 5 and 5 < len(times) < 15
     assert gaps == sorted(gaps) and gaps[0] < 10 and gaps[-1] > 300
     assert said[0][1] == f"waiting for 30 of 30 clients: cid {', '.join(map(str, range(20)))}, …"
+    said.clear()
+    for missing in ({3, 7}, {3, 7}, {7}, set(), {7}):
+        clients.clients = {str(cid): None for cid in range(30) if cid not in missing}
+        clients.wait_for_round(28, lambda: None)
+    assert [text for _, text in said] == [
+        f"continuing without cid {cids} (--min_clients 28)" for cids in ("3, 7", "7", "7")
+    ]
 
 
 TIMEOUT = 8  # seconds: time enough for the other client, also on a busy machine
@@ -318,6 +325,8 @@ def killed(open_suite):
 def test_server_resumes_with_the_weights_of_the_checkpoint(killed):
     state = killed.states["killed"]
     assert state["rows"] == [1, 2, 3] and state["round"] == 3
+    assert "clients that are still running come back by themselves" not in state["server"].out
+    assert "clients that are still running come back by themselves" in killed.states["SIGTERM"]["server"].out
     for client in killed.clients:
         assert starts(client, 4) == [state["digest"]] * 2
         assert ends(client, 3)[0] != state["digest"]  # it is the mean, not a client's own

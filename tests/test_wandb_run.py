@@ -27,7 +27,7 @@ KEY = "0123456789abcdef" * 3  # the one key that the server knows
 WANDB = str(Path(sys.executable).with_name("wandb"))
 
 ON_TERMINAL = """
-import contextlib, os, pty, sys, threading, time
+import contextlib, os, pty, signal, sys, threading, time
 pid, terminal = pty.fork()
 if pid == 0:
     os.execv(sys.argv[1], sys.argv[1:])
@@ -38,6 +38,7 @@ def copy():
             os.write(1, data)
 
 threading.Thread(target=copy, daemon=True).start()
+signal.signal(signal.SIGINT, lambda signum, frame: os.write(terminal, b"\\3"))  # Ctrl-C, typed at this terminal
 status = os.waitpid(pid, 0)[1]
 time.sleep(0.2)  # for the last words; wandb's processes may hold the terminal open a while longer
 os._exit(os.waitstatus_to_exitcode(status))

@@ -48,7 +48,8 @@ BUSY, LATE = "the server at {} has no place for us at the moment", "the server d
 class Session:
     """The answers to a server, on one stream.
 
-    client: a flwr NumPyClient with the attributes `task`, whose `model` is the net that travels, and `secret`.
+    client: a flwr NumPyClient with the attributes `task`, whose `model` is the net that travels, `secret`, and
+        `answered`, when it gave its last answer: a new session makes that None.
     channel: see proof.name_channel.
 
     Until the server has proved that it knows the secret it is told who asks to take part, and no more.
@@ -95,6 +96,7 @@ class Session:
         task = {name: question[name] for name in ("net", "dataset_id") if name in question}
         say("connected to the server")
         self.ticket = question["ticket"]
+        self.client.answered = None  # the time without a server is no waiting of a round
         about = self.client.get_properties(task)
         if self.client.task.model is not None:
             self.limit = most_bytes(array.nbytes for array in self.client.get_parameters({}))

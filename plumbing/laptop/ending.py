@@ -30,6 +30,11 @@ class Run:
     def next_round(self):
         return len(self.server.strategy.record.history.rows) + 1
 
+    def stop(self, signum):
+        """Be called with each signal (process.on_signal): take the bar away, and have the server stop."""
+        self.progress.close()
+        self.server.stop(signum)
+
     def train(self, start):
         """Call `start`, which runs the rounds, then complete what belongs to them. Return the exit code."""
         code = run_server(self.server, start)

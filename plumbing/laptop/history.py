@@ -15,6 +15,7 @@ FIT_METRICS = ("fit_loss", "fit_accuracy", "eval_loss", "eval_accuracy")
 EVALUATE_METRICS = ("global_eval_loss", "global_eval_accuracy")
 TEST_METRICS = ("test_loss", "test_accuracy")
 MEASURES = FIT_METRICS + EVALUATE_METRICS + TEST_METRICS
+COUNTS = ("examples", "throttled", "steps", "images", "bytes_down", "bytes_up")  # whole numbers in the tables
 TRAFFIC = ("bytes_down", "bytes_up")  # to and from the devices
 COLUMNS = ("round", *MEASURES, "clients", "failures", "round_seconds", "finished_at", *TRAFFIC)  # of history.csv
 TIMES = {"fit_seconds": "fit", "eval_seconds": "evaluate", "wait_seconds": "waiting"}  # and how people read them
@@ -115,8 +116,11 @@ class Table:
                 raise
 
     def _lines(self, rows):
-        cells = ((row.get(name, math.nan) for name in self.columns) for row in rows)
-        return "".join(",".join("" if cell != cell else str(cell) for cell in line) + "\n" for line in cells)
+        def as_text(name, cell):
+            return "" if cell != cell else str(int(cell) if name in COUNTS else cell)
+
+        lines = ([as_text(name, row.get(name, math.nan)) for name in self.columns] for row in rows)
+        return "".join(",".join(cells) + "\n" for cells in lines)
 
 
 def read_table(path):

@@ -32,6 +32,8 @@ def announce(args, address, next_round):
         elif args.certificates is None:
             say("warning: whoever sits between server and device can read and change all; --certificates prevents it")
     say(f"round {next_round} to {args.num_rounds} with {args.num_clients} clients, on {address}")
+    if next_round > 1:
+        say("clients that are still running come back by themselves within 30 s")
     say(describe_client_command(args))
 
 

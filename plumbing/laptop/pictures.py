@@ -16,6 +16,16 @@ CURVES = {  # how the figures of a model are drawn, and what people call them
     "test": ("C3:", "global model on test set (test)"),
 }
 MOST_DEVICES = 50  # in one picture
+USUAL = {  # flags that change what is trained, and their defaults: titles name those that differ
+    "strategy": "FedAvg",
+    "proximal_mu": 0.0,
+    "fedbn": False,
+    "augment": False,
+    "lr": 1e-3,
+    "fraction_fit": 1.0,
+    "time_budget": None,
+    "compress": "off",
+}
 
 
 def describe_run(about):
@@ -25,6 +35,10 @@ def describe_run(about):
     if {"net", "num_clients", "num_epochs"} <= set(args):
         epochs = f"{args['num_epochs']} epoch{'s' * (args['num_epochs'] != 1)} per round"
         title += f": {args['net']}, {args['num_clients']} clients, {epochs}"
+        for name, usual in USUAL.items():
+            value = args.get(name, usual)
+            if value not in (usual, None):
+                title += f", {value if name == 'strategy' else name if value is True else f'{name} {value}'}"
     return title
 
 
@@ -71,7 +85,8 @@ def draw_metrics(rows, path, title, resumed=()):
                 there = np.concatenate([[False], np.isfinite(values), [False]])
                 alone = there[1:-1] & ~there[:-2] & ~there[2:]  # a number between two gaps, which no line shows
                 marked = alone | (len(rows) < 20)
-                axes.plot(rounds, values, style, marker=".", markevery=marked, label=f"{name}_{measure}")
+                dot = "." if marked.any() else ""
+                axes.plot(rounds, values, style, marker=dot, markevery=marked, label=f"{name}_{measure}")
             names = [name for _, name in CURVES.values()]
             if best is not None:
                 names.append(f"best: the highest test accuracy, {best['test_accuracy']:.3f} in round {best['round']}")
@@ -121,7 +136,7 @@ def draw_devices(clients, path, title):
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("seconds, logarithmic: median (dot), 8 of 10 rounds (thick), all rounds (thin)")
+        axes.set_xlabel("seconds, logarithmic: median (dot), 80% of the rounds (thick), all rounds (thin)")
         axes.grid(axis="x", alpha=0.3)
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
 
@@ -187,7 +202,8 @@ def draw_split(path, title, split, classes):
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(classes) <= 20:
             handles = [Patch(color=colours(label)) for label in range(len(classes))]
-            figure.legend(handles[::-1], names[::-1], loc="outside right upper")
+            beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+            axes.legend(handles[::-1], names[::-1], ncols=1 if len(classes) <= 14 else 2, **beside)
         else:
             figure.colorbar(image, ax=axes, label="class, by its number in dataset.json")
 

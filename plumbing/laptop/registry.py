@@ -61,6 +61,7 @@ class Clients(SimpleClientManager):
         self.on_join, self.sender = on_join, sender or Sender()
         self.seen, self.last_joined = set(), time.monotonic()  # cids that ever joined, and when the newest of them did
         self.closed = False  # whether no client is admitted any more
+        self.without = ""  # the cids without which the rounds go on, as text
         self.seldom = Seldom()
 
     def unregister(self, proxy):
@@ -121,11 +122,16 @@ class Clients(SimpleClientManager):
                 check()
                 now = time.monotonic()
                 if len(self.clients) >= min_clients and now - self.last_joined >= SETTLE:
-                    return
+                    break
                 if now >= say_at:
-                    say(describe_missing(self.num_clients, self.clients))
+                    count, missing = list_missing(self.num_clients, self.clients)
+                    say(f"waiting for {count} of {self.num_clients} clients: cid {missing}")
                     say_at, pause = now + pause, min(2 * pause, 600)
                 self._cv.wait(POLL)
+            _, missing = list_missing(self.num_clients, self.clients)
+            if missing and missing != self.without:
+                say(f"continuing without cid {missing} (--min_clients {min_clients})")
+            self.without = missing
 
     def _is_gone(self, client):
         """Return whether the connection of a client that is to be admitted has ended."""
@@ -214,10 +220,10 @@ def in_use(client, other):
     return TurnedAway(reason, client.cid)
 
 
-def describe_missing(num_clients, there):
+def list_missing(num_clients, there):
+    """Return how many of the cids 0 to num_clients - 1 are not `there`, and which, as text."""
     missing = [str(cid) for cid in range(num_clients) if str(cid) not in there]
-    cids = ", ".join(missing[:20] + ["…"] * (len(missing) > 20))
-    return f"waiting for {len(missing)} of {num_clients} clients: cid {cids}"
+    return len(missing), ", ".join(missing[:20] + ["…"] * (len(missing) > 20))
 
 
 def describe(properties):

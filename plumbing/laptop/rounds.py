@@ -1,8 +1,8 @@
 """What ends a run, who is missing, and how long to wait: all of the rounds but the loop, which is in server.py.
 
-From Ctrl-C to the end: common/process.on_signal calls Rounds.stop, which notes the signal; the main thread raises
-Stopped (raise_failure) within POLL seconds where it waits for clients, and after a save where it waits for the record;
-laptop/ending tells the clients and saves the finished rounds; server.main ends the process.
+From Ctrl-C to the end: common/process.on_signal calls ending.Run.stop, and that Rounds.stop, which notes the signal;
+the main thread raises Stopped (raise_failure) within POLL seconds where it waits for clients, and after a save where it
+waits for the record; laptop/ending tells the clients and saves the finished rounds; server.main ends the process.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 MANY_LINES = 8  # devices, of which only those that stand out have a line at the end
 SLOW = 1.5  # times as long as the median device
+SLOWEST = 1.2  # times as long as the others, from which on the slowest device is named
+BAR = "round {{n_fmt}}/{{total_fmt}} {{bar}} {} s per round, {} to go"  # for tqdm, once it has both times
+ROOM = 3  # columns to the right of the bar, so that ^C does not fold it
 HOT = 80  # °C, at which a Raspberry Pi slows down
 
 
@@ -26,7 +29,7 @@ class Progress:
     def __init__(self, num_rounds, last_round):
         self.num_rounds, self.seconds = num_rounds, collections.deque(maxlen=9)  # the seconds of the last rounds
         columns, rows = shutil.get_terminal_size()  # 80 × 24 if the terminal does not know, where tqdm draws nothing
-        options = {"ncols": columns - 1, "nrows": rows, "bar_format": "round {n_fmt}/{total_fmt} {bar}"}
+        options = {"ncols": columns - ROOM, "nrows": rows, "bar_format": BAR.format("?", "?"), "leave": False}
         self.bar = tqdm(total=num_rounds, initial=last_round, disable=not sys.stderr.isatty(), **options)
 
     def show_round(self, row, clients=None):
@@ -38,15 +41,19 @@ class Progress:
         self.seconds.append(row["round_seconds"])
         usual = statistics.median(self.seconds)
         to_go = tqdm.format_interval(usual * (self.num_rounds - row["round"]))
-        self.bar.ncols = shutil.get_terminal_size().columns - 1
-        self.bar.bar_format = f"round {{n_fmt}}/{{total_fmt}} {{bar}} {usual:.1f} s per round, {to_go} to go"
+        self.bar.ncols = shutil.get_terminal_size().columns - ROOM
+        self.bar.bar_format = BAR.format(f"{usual:.1f}", to_go)
         self.bar.update()
 
     def show_drop(self, current, cid, reason):
         say(f"round {current}: dropped cid {cid}: {reason}")
 
     def close(self) -> None:
-        self.bar.close()
+        """Take the bar away, with what the terminal has written after it: ^C."""
+        if not self.bar.disable:
+            self.bar.close()
+            sys.stderr.write("\033[K")
+            sys.stderr.flush()
 
 
 def show_end(record):
@@ -82,7 +89,7 @@ def describe_clients(rows, num_rounds):
         facts = [f"{len(fits[cid])} of {num_rounds} rounds"]
         if cid in usual:
             share = sum(row["fit_seconds"] == longest[row["round"]] for row in fits[cid]) / len(fits[cid])
-            facts.append(f"fit {usual[cid]:.1f} s (median), the slowest in {share:.0%}")
+            facts.append(f"fit {show_seconds(usual[cid])} (median), the slowest in {share:.0%} of its rounds")
         lines.append(f"cid {cid}: {', '.join(facts + describe_device(fits[cid]))}")
     if len(shown) < len(clients):
         others = f"the {len(clients) - len(shown):,} others do not stand out" if shown else "no device stands out"
@@ -90,7 +97,9 @@ def describe_clients(rows, num_rounds):
     if len(usual) > 1:
         slowest = max(usual, key=usual.get)
         others = statistics.median(usual[cid] for cid in usual if cid != slowest)
-        lines.append(f"slowest device: cid {slowest}, fit {usual[slowest]:.1f} s, the others {others:.1f} s (medians)")
+        if usual[slowest] > SLOWEST * others and all(share_of_images(own) is None for own in fits.values()):
+            seconds = f"fit {show_seconds(usual[slowest])}, the others {show_seconds(others)}"
+            lines.append(f"slowest device: cid {slowest}, {seconds} (medians)")
     return lines
 
 
@@ -103,18 +112,28 @@ def stands_out(rows, num_rounds):
 def describe_device(rows):
     """Return phrases on what a device told in the rounds that it trained in."""
     facts = []
-    shares = [images / row["examples"] for row in rows for images in known([row], "images")]
-    if shares and statistics.median(shares) < 0.995:  # with --time_budget
-        facts.append(f"{statistics.median(shares):.0%} of its images per round")
+    if (share := share_of_images(rows)) is not None:
+        facts.append(f"{share:.0%} of its images per round")
     for name in ("eval_seconds", "wait_seconds"):
         if seconds := known(rows, name):
-            facts.append(f"{TIMES[name]} {statistics.median(seconds):.1f} s")
+            facts.append(f"{TIMES[name]} {show_seconds(statistics.median(seconds))}")
     if heat := known(rows, "cpu_temp_c"):
         facts.append(f"{max(heat):.0f} °C at most")
     for trouble, count in collections.Counter(map(power_trouble, rows)).items():
         if trouble is not None:
             facts.append(f"{trouble}, {count} of {len(rows)} rounds")
     return facts
+
+
+def share_of_images(rows):
+    """Return the share of its images that a device trained on per round, if --time_budget left it a part; else None."""
+    shares = [images / row["examples"] for row in rows for images in known([row], "images")]
+    share = statistics.median(shares or [1])
+    return share if share < 0.995 else None
+
+
+def show_seconds(seconds):
+    return f"{seconds:.2g} s" if 0.001 <= seconds < 0.995 else f"{seconds:.1f} s"
 
 
 def known(rows, name):

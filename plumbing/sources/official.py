@@ -60,7 +60,10 @@ def download(url: str, path: Path, md5: str) -> None:
     except queue.Empty:
         response = f"no answer within {START_TIMEOUT} s"
     if isinstance(response, (str, Exception)):
-        raise UserError(f"cannot download {url} ({response}): put the file into {path.parent}/ by hand") from None
+        raise UserError(
+            f"cannot download {url} ({response}): put the file into {path.parent}/ by hand, or read images that you "
+            "have (--source FILE), or train on drawn ones (--dataset Shapes10)"
+        ) from None
     digest = hashlib.md5()
     try:
         total = int(response.headers.get("Content-Length", 0)) or None
