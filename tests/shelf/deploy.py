@@ -217,10 +217,10 @@ def test_new_code_is_all_that_is_copied(laptop, shelf):
     assert counts == {"dev1": 1} and tasks == {"copy the code"}
     before = [main_pid(device) for device in shelf.devices]
     counts, tasks = recap(laptop.make("deploy", "ARGS=--limit dev1 --tags code"))
-    assert counts == {"dev1": 2} and tasks == {"copy the code", "restart the client, as what it runs has changed"}
+    assert counts == {"dev1": 2} and tasks == {"copy the code", "restart the client because its files have changed"}
     counts, tasks = recap(laptop.make("deploy"))
     assert counts == {"dev1": 0, "dev2": 2, "dev3": 2}
-    assert tasks == {"copy the code", "restart the client, as what it runs has changed"}
+    assert tasks == {"copy the code", "restart the client because its files have changed"}
     assert not set(before) & {main_pid(device) for device in shelf.devices}
 
 
@@ -231,7 +231,7 @@ def test_deploy_that_was_cut_off_before_the_restart_is_made_good(laptop, dev1):
     with open(laptop.root / "client.py", "a") as file:
         file.write("# newer\n")
     _, tasks = recap(laptop.make("deploy", "ARGS=--limit dev1"))
-    assert tasks == {"restart the client, as what it runs has changed"}
+    assert tasks == {"restart the client because its files have changed"}
     shutil.move(laptop.root / "client.py.old", laptop.root / "client.py")
     laptop.make("deploy", "ARGS=--limit dev1")
 
@@ -241,7 +241,7 @@ def test_new_partition_is_all_that_is_copied(laptop, dev1, tmp_path):
     laptop.partition("--dataset", "Tiny", "--source", images, "--num_clients", 3, "--bundles", "--seed", 7)
     counts, tasks = recap(laptop.make("deploy", "ARGS=--tags data"))
     assert counts == dict.fromkeys(NAMES, 3)
-    assert tasks == {"copy the bundle", "unpack the bundle", "restart the client, as what it runs has changed"}
+    assert tasks == {"copy the bundle", "unpack the bundle", "restart the client because its files have changed"}
     assert dev1.ssh("sudo ls /opt/fl-iot/datasets/Tiny/train | wc -l").strip() == "180"
     assert recap(laptop.make("deploy"))[0] == dict.fromkeys(NAMES, 0)
 
