@@ -18,14 +18,12 @@ sys.path.insert(0, str(ROOT))
 import partition  # noqa: E402 (the suite's own modules lie beside the tests' folder)
 
 # With several workers, each of which takes file after file, the long ones come first.
-LONG = (
-    *("test_rounds", "test_record", "test_wandb_run", "test_flags", "test_asking", "test_connection"),
-    *("test_own_batch_norm", "test_setup_device"),
-)
+LONG = "deploy partition process rounds record setup_device readme connection screen wandb_run sources".split()
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem[len("test_") :], len(LONG)))
 
 
 @pytest.fixture
