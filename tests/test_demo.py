@@ -54,7 +54,7 @@ def test_demo_falls_back_to_drawn_shapes_and_leaves_everything(suite, demo):
     assert output.index("the demo starts the clients itself") < output.index("run on each device (N = 0…1)")
     assert "Traceback" not in output and "round 2/2" in output
     shown = re.search(
-        r"ends like this:\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+        r"Near its end it prints:\n\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
     for line in shown[1].splitlines():  # the same but for its numbers
         assert re.search("^" + re.sub(r"\d+", r"\\d+", re.escape(line)) + "$", output, re.MULTILINE), line
