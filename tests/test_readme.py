@@ -120,6 +120,10 @@ def test_readme_leads_to_all_pages():
     assert "(../deploy/README.md)" in PAGES["docs/boards.md"]
 
 
+def test_readme_shows_the_two_commands_that_do_everything():
+    assert {"make demo", "make test"} <= {line.strip() for line in README.splitlines() if line.startswith("    ")}
+
+
 def test_five_lines_use_a_trained_model(tiny):
     """The README's own lines, run as they stand beside a checkpoint and a picture."""
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]

@@ -138,7 +138,7 @@ def is_whole(low: int, high: int) -> Callable[[object], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def is_number(value: object) -> bool:
+def is_any_number(value: object) -> bool:
     """A number, finite or not: who takes it knows what it may be."""
     return isinstance(value, float) or is_whole(-(2**63), 2**63 - 1)(value)
 
@@ -161,12 +161,12 @@ def is_dict(is_value: Callable[[object], bool]) -> Callable[[object], bool]:
 def is_setting(value: object) -> bool:
     """What the server may say of a round besides its number."""
     finite = not isinstance(value, float) or math.isfinite(value)
-    return isinstance(value, bool) or (is_number(value) and finite) or is_text(4096)(value)
+    return isinstance(value, bool) or (is_any_number(value) and finite) or is_text(4096)(value)
 
 
 def is_property(value: object) -> bool:
     """What a device may say of itself: text of any kind, which is printed by common/process.printable."""
-    return isinstance(value, bool) or is_number(value) or (isinstance(value, str) and len(value) <= 1000)
+    return isinstance(value, bool) or is_any_number(value) or (isinstance(value, str) and len(value) <= 1000)
 
 
 def is_config(value: object) -> bool:
@@ -186,8 +186,8 @@ QUESTIONS = {
 ANSWERS = {
     "hello": {"nonce": is_hex, "about": is_dict(is_property), "proof?": is_hex},
     "task": {"about": is_dict(is_property)},
-    "fit": {"num_examples": is_number, "metrics": is_dict(is_property), "tensor_type": is_text(40)},
-    "evaluate": {"num_examples": is_number, "loss": is_number, "metrics": is_dict(is_property)},
+    "fit": {"num_examples": is_any_number, "metrics": is_dict(is_property), "tensor_type": is_text(40)},
+    "evaluate": {"num_examples": is_any_number, "loss": is_any_number, "metrics": is_dict(is_property)},
     "ping": {},
     "goodbye": {},
 }

@@ -86,7 +86,7 @@ class Door(grpc.GenericRpcHandler):
         stream.end()
 
     def knows(self, text):
-        """Return whether the text is a pass (device/connection.make_pass) that was not used before."""
+        """Return whether the text is a pass (proof.make_pass) that was not used before."""
         nonce, _, rest = text.partition(" ")
         device_id, _, given = rest.partition(" ")
         keys = [make_ticket(self.registry.ticket_key, device_id).encode(), self.registry.secret]

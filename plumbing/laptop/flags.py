@@ -32,7 +32,7 @@ def optional(parse):
 
 def seconds_or_auto(text):
     """Be an argparse type: a number of seconds above 0, "auto", or "off", which is None."""
-    return optional(lambda text: text if text == "auto" else number(float, 0, inside=True)(text))(text)
+    return text if text == "auto" else optional(number(float, 0, inside=True))(text)
 
 
 def as_flags(settings, parser):

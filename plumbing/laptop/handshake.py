@@ -25,7 +25,7 @@ class TurnedAway(Exception):
 def meet(stream, num_clients: int, task: dict, secret: bytes | None = None) -> dict:
     """Ask a stranger who it is, within PATIENCE seconds. Return what it says of itself, {name: value}.
 
-    task: see check_ready. secret: the device first has to prove that it knows it, and learns nothing before.
+    task: see check_client. secret: the device first has to prove that it knows it, and learns nothing before.
     Raises TurnedAway, Gone or Malformed.
     """
     nonce = new_nonce()
@@ -57,6 +57,8 @@ def make_ready(stream, about: dict, task: dict, ticket: str) -> dict:
 def check_client(client: dict, num_clients: int, task: dict, unknown: str = "unknown") -> None:
     """Raise TurnedAway if a client that has said all of itself at once may not take part.
 
+    task: what the client must have like the server: dataset, channels, num_classes, net, fingerprint, trial,
+        dataset_id (None: any), and sizes, {cid: (num_fit, num_eval)} or None.
     unknown: what one without a cid is called.
     """
     check(why_not_client(client, num_clients, task["dataset"]), client, unknown)
