@@ -103,6 +103,17 @@ def test_relay_between_two_channels_fails_and_on_one_it_does_not():
     assert shake_hands(Line(Session(Device(SECRET), tls).answer, tls))["cid"] == 1
 
 
+def test_proof_of_a_server_on_another_channel_is_none():
+    tls, session = proof.name_channel(b"ours"), Session(Device(SECRET), proof.name_channel(b"ours"))
+    session.answer(encode("hello", {"version": VERSION, "frames": frames.FRAMES, "nonce": "0" * 32}))
+    for channel, is_right in (("", False), (proof.name_channel(b"other"), False), (tls, True)):
+        theirs = proof.prove_server(SECRET, channel, session.nonces)
+        question = encode("task", {"net": "LeNet5", "ticket": "0" * 64, "proof": theirs})
+        with contextlib.nullcontext() if is_right else pytest.raises(Malformed, match="does not prove"):
+            session.answer(question)
+    assert session.proved
+
+
 @pytest.mark.parametrize("field, value", [("cid", 2), ("dataset", "Tiny2"), ("more", 1)])
 def test_what_a_device_says_of_itself_cannot_be_changed_on_the_way(field, value):
     session = Session(Device(SECRET))
