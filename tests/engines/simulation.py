@@ -1,5 +1,6 @@
 """deploy/simulate.py for real, with Ray: the same history as by the scripts, --resume to and fro, Ctrl-C, mistakes."""
 
+import contextlib
 import signal
 import time
 
@@ -72,13 +73,11 @@ def test_run_that_flower_gives_up_before_it_has_started_is_started_again(app):
     frozen = []
 
     def freeze():
-        frozen[:] = [
-            process
-            for process in psutil.Process(run.popen.pid).children(recursive=True)
-            if any("flwr-simulation" in word for word in process.cmdline())
-        ]
-        for process in frozen:
-            process.suspend()
+        for process in psutil.Process(run.popen.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if any("flwr-simulation" in word for word in process.cmdline()):
+                    process.suspend()
+                    frozen.append(process)
         return frozen
 
     wait_until("Flower starts the simulation", freeze, 60)
