@@ -9,12 +9,14 @@ history is missing or double, the accuracy is off by more than two points, or a 
 """
 
 import argparse
+import contextlib
 import random
 import signal
 import sys
 import threading
 import time
 
+import psutil
 import report
 from common import HERE, BenchSuite, about_this_run, leave_on_signals, write_json
 from helpers import lines
@@ -27,6 +29,7 @@ SERVER_KILLS, SERVER_PAUSE = 3, 1.0
 TIME_LIMIT = 420  # seconds for each of the two trainings
 CALM = 10  # rounds at the end without faults, in which all clients are to come back
 CLOSE_ENOUGH = 0.02  # accuracy
+END_WITHIN = 10  # seconds that wandb's process has to end after the server
 
 
 class Training:
@@ -162,9 +165,20 @@ def train(num_rounds, seed, with_faults):
             "failures": sum(int(row["failures"]) for row in history),
             "faults": faults,
             "exit_codes": codes,
-            "processes_left": len(suite.left_over()),
+            "processes_left": wait_for_the_last(suite),
             "test_accuracy": float(history[-1]["test_accuracy"]) if history else None,
         }
+
+
+def wait_for_the_last(suite):
+    """The number of processes that are still there END_WITHIN seconds after the server's end; names them."""
+    until = time.monotonic() + END_WITHIN
+    while (left := suite.left_over()) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(psutil.Error):
+            print(f"left: {' '.join(psutil.Process(pid).cmdline())}")
+    return len(left)
 
 
 def show_progress(training, watch):
