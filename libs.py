@@ -1,8 +1,8 @@
-"""What all modules import from one place: numpy, torch and tqdm, the three folders, and the basics of plumbing/.
+"""What all modules import from one place: numpy, torch and tqdm, the three folders, and how a script prints and ends.
 
-    np, torch, nn, tqdm       third-party packages; torch is imported when it is first asked for
-    ROOT, DATASETS, CKPS      the suite's folder, what partition.py writes, what training writes
-    UserError, say, …         how a script starts, reads its flags, prints, saves and ends (plumbing/common)
+    np, torch, nn, tqdm          third-party packages; torch is imported when it is first asked for
+    ROOT, DATASETS, CKPS         the suite's folder, what partition.py writes, what training writes
+    UserError, say, run_script   a mistake of the user, a line on the terminal, a script (plumbing/common/process)
 
 Import it before any other package: plumbing sets the variables that these read. What only some modules need (cv2,
 pandas, wandb, matplotlib) they import themselves.
@@ -14,21 +14,7 @@ import contextlib
 import gc
 from pathlib import Path
 
-from plumbing import VERSION
-from plumbing.common.arguments import (
-    find_folder,
-    given_flags,
-    list_datasets,
-    new_parser,
-    nonempty_path,
-    number,
-    plain_args,
-    read_secret,
-    split_address,
-)
-from plumbing.common.files import atomic_write, lock_file
-from plumbing.common.images import decode_image, prepare_image
-from plumbing.common.process import UserError, on_signal, printable, quiet_flower, run_script, say
+from plumbing.common.process import UserError, run_script, say
 
 
 @contextlib.contextmanager

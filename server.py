@@ -15,9 +15,9 @@ import secrets
 import sys
 from pathlib import Path
 
-from libs import CKPS, DATASETS, UserError, torch
+from libs import CKPS, DATASETS, UserError, run_script, say, torch
 from plumbing.common.arguments import find_folder, new_parser, number, plain_args, read_secret, split_address
-from plumbing.common.process import on_signal, quiet_flower, run_script, say
+from plumbing.common.process import on_signal, quiet_flower
 from plumbing.common.state import float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop import start
