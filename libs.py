@@ -8,42 +8,20 @@ Import it before any other package: plumbing sets the variables that these read.
 pandas, wandb, matplotlib) they import themselves.
 """
 
-from __future__ import annotations
-
-import contextlib
-import gc
 from pathlib import Path
 
 from plumbing.common.process import UserError, run_script, say
 
-
-@contextlib.contextmanager
-def quick_imports():
-    """Import without garbage collection in this block, and exclude what was imported from later collections.
-
-    None of a thousand modules is garbage, and searching them took a third of the start.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collecting:
-            gc.enable()
-
-
-with quick_imports():
-    import numpy as np
-    from tqdm import tqdm
+import numpy as np
+from tqdm import tqdm
 
 
 def __getattr__(name):
     """Import `torch` and `nn` when they are first asked for: partition.py needs neither, and would wait a second."""
     if name not in ("torch", "nn"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with quick_imports():
-        import torch
+    import torch
+
     globals().update(torch=torch, nn=torch.nn)
     return globals()[name]
 
