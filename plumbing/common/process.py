@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from plumbing import explain_missing
-
 from tqdm import tqdm
 
 
@@ -101,11 +99,6 @@ def run_script(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
-        code = 2
-    except ModuleNotFoundError as error:
-        if explain_missing(error) is None:
-            raise
-        say(f"{Path(sys.argv[0]).name}: {explain_missing(error)}", sys.stderr)
         code = 2
     sys.stdout.flush()
     if hasattr(on_signal, "writer"):
