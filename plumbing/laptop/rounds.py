@@ -2,7 +2,7 @@
 
 From Ctrl-C to the end: common/process.on_signal calls ending.Run.stop, and that Rounds.stop, which notes the signal;
 the main thread raises Stopped (raise_failure) within POLL seconds where it waits for clients, and after a save where it
-waits for the record; laptop/ending tells the clients and saves the finished rounds; server.main ends the process.
+waits for the record; laptop/ending tells the clients and saves the finished rounds; run_script ends the process.
 """
 
 from __future__ import annotations
