@@ -78,11 +78,10 @@ class Session:
         return answer, ()
 
     def on_task(self, question, arrays):
-        task = {name: question[name] for name in ("net", "dataset_id") if name in question}
         say("connected to the server")
         self.ticket = question["ticket"]
         self.client.answered = None  # the time without a server is no waiting of a round
-        about = self.client.get_properties(task)
+        about = self.client.get_properties(question)
         if self.client.task.model is not None:
             self.limit = frames.most_bytes(array.nbytes for array in self.client.get_parameters({}))
         trial = [about.pop("trial")] if "trial" in about else []
