@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from libs import UserError, np, torch
-from plumbing.common.images import prepare_image
+from libs import UserError, np, prepare_image, torch
 from plumbing.common.split import (
     check_split,
     check_there,

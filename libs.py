@@ -1,8 +1,9 @@
-"""What all modules import from one place: numpy, torch and tqdm, the three folders, and how a script prints and ends.
+"""What all modules import from one place: numpy, torch and tqdm, the three folders, and the basics of plumbing/.
 
-    np, torch, nn, tqdm          third-party packages; torch is imported when it is first asked for
-    ROOT, DATASETS, CKPS         the suite's folder, what partition.py writes, what training writes
-    UserError, say, run_script   a mistake of the user, a line on the terminal, a script (plumbing/common/process)
+    np, torch, nn, tqdm           third-party packages; torch is imported when it is first asked for
+    ROOT, DATASETS, CKPS          the suite's folder, what partition.py writes, what training writes
+    UserError, say, run_script    how a script says that the user is mistaken, prints, starts and ends
+    decode_image, prepare_image   how an image is read, and brought to a net's size
 
 Import it before any other package: plumbing sets the variables that these read. What only some modules need (cv2,
 pandas, wandb, matplotlib) they import themselves.
@@ -10,6 +11,7 @@ pandas, wandb, matplotlib) they import themselves.
 
 from pathlib import Path
 
+from plumbing.common.images import decode_image, prepare_image
 from plumbing.common.process import UserError, run_script, say
 
 import numpy as np
