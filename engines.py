@@ -145,11 +145,11 @@ def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") ->
     return {"test_loss": test_loss, "test_accuracy": test_accuracy}
 
 
-def count_answers(loader, model: nn.Module, device="cpu") -> np.ndarray:
+def count_answers(loader, model: nn.Module) -> np.ndarray:
     """Count how often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
-    model.to(device).eval()
+    model.eval()
     with torch.no_grad():
-        pairs = [(labels, model(images.to(device)).cpu()) for images, labels in loader]
+        pairs = [(labels, model(images)) for images, labels in loader]
     num_classes = pairs[0][1].shape[1]
-    truths, answers = torch.cat([labels.cpu() for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
+    truths, answers = torch.cat([labels for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
     return torch.bincount(truths * num_classes + answers, minlength=num_classes**2).reshape(num_classes, -1).numpy()
