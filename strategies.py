@@ -5,8 +5,6 @@ the rest, and hands each finished round to the record. server.py runs them in it
 `Server`.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib
