@@ -2,7 +2,7 @@
 
     np, torch, nn, tqdm           third-party packages; torch is imported when it is first asked for
     ROOT, DATASETS, CKPS          the suite's folder, what partition.py writes, what training writes
-    UserError, say, run_script    how a script says that the user is mistaken, prints, starts and ends
+    UserError, say, run_script    a user's mistake, a line on the terminal, how a script starts and ends
     decode_image, prepare_image   how an image is read, and brought to a net's size
 
 Import it before any other package: plumbing sets the variables that these read. What only some modules need (cv2,
