@@ -33,8 +33,9 @@ def print_in_one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write(f"{name}: interrupted\n")
     elif issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
-        remedy = f"start this script with .venv/bin/python, or run {sys.executable} -m pip install"
-        sys.stderr.write(f"{name}: {error.name} is not installed: {remedy} {PACKAGES[error.name]}\n")
+        pip = f"{sys.executable} -m pip install {PACKAGES[error.name]}"
+        text = f"{error.name} is not installed: start this script with .venv/bin/python, or run {pip}"
+        sys.stderr.write(f"{name}: {text}\n")
         sys.stderr.flush()
         os._exit(2)
     else:
