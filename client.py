@@ -16,26 +16,19 @@ import time
 import traceback
 from pathlib import Path
 
-from libs import (
-    CKPS,
-    DATASETS,
-    VERSION,
-    UserError,
+from libs import CKPS, DATASETS, UserError, np, run_script, say, torch
+from plumbing import VERSION
+from plumbing.common.arguments import (
     find_folder,
+    join_address,
     new_parser,
     nonempty_path,
-    np,
     number,
-    on_signal,
     plain_args,
-    quiet_flower,
     read_secret,
-    run_script,
-    say,
     split_address,
-    torch,
 )
-from plumbing.common.arguments import join_address
+from plumbing.common.process import on_signal, quiet_flower
 from plumbing.common.state import get_arrays, set_arrays
 from plumbing.device.connection import start_client  # Flower's is deprecated, and 1.43 takes it away (docs/flower.md)
 from plumbing.device.machine import choose_device, describe_machine, device_id, lock_cid, sensors

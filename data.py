@@ -66,8 +66,6 @@ class ImageDataset(torch.utils.data.Dataset):
             elif image.shape != images.shape[1:]:
                 raise UserError(f"image {path} is {'grey' if image.ndim == 2 else 'coloured'}, unlike those before it")
             images[row] = image
-        if images is None:
-            raise UserError(f"no images are listed for {data_path}")
         images = torch.from_numpy(images)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         self.labels = torch.from_numpy(np.array(df["label"], np.int64))

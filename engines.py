@@ -16,8 +16,10 @@ HYPER_PARAMETERS = ("num_epochs", "lr", "seed", "proximal_mu", "augment")
 SHIFT = 2  # pixels by which --augment shifts an image at most: with the usual 4, 100 rounds are too few
 
 
-def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | None = None) -> tuple[float, float]:
+def run_epoch(loader, model: nn.Module, device, optimizer=None, title=None, augment=False) -> tuple[float, float]:
     """Train `model` for one pass over `loader`, or only measure it if `optimizer` is None.
+
+    title: of a progress bar, None for no bar. augment: change each image at random (shift_and_mirror).
 
     Returns (mean cross entropy in nats, accuracy in 0..1), both over all images; a training pass measures each batch
     before the step on it. Nothing in the loop waits for a GPU: the results are read back once, at the end.
@@ -29,6 +31,8 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     with torch.set_grad_enabled(training):
         for images, labels in tqdm(loader, title, leave=False, disable=title is None):
             images, labels = images.to(device), labels.to(device)  # copies nothing that is there already
+            if augment:
+                images = shift_and_mirror(images)
             logits = model(images)
             loss = loss_fn(logits, labels)
             if training:
@@ -42,20 +46,6 @@ def run_epoch(loader, model: nn.Module, device, optimizer=None, title: str | Non
     weights = torch.tensor(sizes, dtype=torch.float64)
     loss = torch.stack(losses).cpu().double() @ weights / weights.sum()
     return loss.item(), (torch.cat(answers) == torch.cat(truths)).sum().item() / sum(sizes)
-
-
-class Augmented:
-    """The batches of `loader`, with each image changed at random (shift_and_mirror)."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for images, labels in self.loader:
-            yield shift_and_mirror(images), labels
 
 
 def shift_and_mirror(images: torch.Tensor) -> torch.Tensor:
@@ -130,11 +120,10 @@ def client_fit_fn(
     optimizer = Adam(model.parameters(), lr)
     if proximal_mu:
         optimizer = Proximal(optimizer, model.parameters(), proximal_mu)
-    fit_loader = Augmented(loaders["fit"]) if augment else loaders["fit"]
     show = training_verbose and sys.stderr.isatty()
     for epoch in range(1, num_epochs + 1):
         title = f"epoch {epoch}/{num_epochs}" if show else None
-        fit_loss, fit_accuracy = run_epoch(fit_loader, model, device, optimizer, title)
+        fit_loss, fit_accuracy = run_epoch(loaders["fit"], model, device, optimizer, title, augment)
     eval_loss, eval_accuracy = run_epoch(loaders["eval"], model, device, title="eval" if show else None)
     metrics = {
         "fit_loss": fit_loss,
@@ -156,11 +145,11 @@ def server_test_fn(test_loaders: dict, server_model: nn.Module, device="cpu") ->
     return {"test_loss": test_loss, "test_accuracy": test_accuracy}
 
 
-def count_answers(loader, model: nn.Module, device="cpu") -> np.ndarray:
+def count_answers(loader, model: nn.Module) -> np.ndarray:
     """Count how often `model` takes an image of class i for class j: int64 [i, j], over the images of `loader`."""
-    model.to(device).eval()
+    model.eval()
     with torch.no_grad():
-        pairs = [(labels, model(images.to(device)).cpu()) for images, labels in loader]
+        pairs = [(labels, model(images)) for images, labels in loader]
     num_classes = pairs[0][1].shape[1]
-    truths, answers = torch.cat([labels.cpu() for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
+    truths, answers = torch.cat([labels for labels, _ in pairs]), torch.cat([out.argmax(1) for _, out in pairs])
     return torch.bincount(truths * num_classes + answers, minlength=num_classes**2).reshape(num_classes, -1).numpy()

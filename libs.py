@@ -1,63 +1,29 @@
 """What all modules import from one place: numpy, torch and tqdm, the three folders, and the basics of plumbing/.
 
-    np, torch, nn, tqdm       third-party packages; torch is imported when it is first asked for
-    ROOT, DATASETS, CKPS      the suite's folder, what partition.py writes, what training writes
-    UserError, say, …         how a script starts, reads its flags, prints, saves and ends (plumbing/common)
+    np, torch, nn, tqdm           third-party packages; torch is imported when it is first asked for
+    ROOT, DATASETS, CKPS          the suite's folder, what partition.py writes, what training writes
+    UserError, say, run_script    a user's mistake, a line on the terminal, how a script starts and ends
+    decode_image, prepare_image   how an image is read, and brought to a net's size
 
 Import it before any other package: plumbing sets the variables that these read. What only some modules need (cv2,
 pandas, wandb, matplotlib) they import themselves.
 """
 
-from __future__ import annotations
-
-import contextlib
-import gc
 from pathlib import Path
 
-from plumbing import VERSION
-from plumbing.common.arguments import (
-    find_folder,
-    given_flags,
-    list_datasets,
-    new_parser,
-    nonempty_path,
-    number,
-    plain_args,
-    read_secret,
-    split_address,
-)
-from plumbing.common.files import atomic_write, lock_file
 from plumbing.common.images import decode_image, prepare_image
-from plumbing.common.process import UserError, on_signal, printable, quiet_flower, run_script, say
+from plumbing.common.process import UserError, run_script, say
 
-
-@contextlib.contextmanager
-def quick_imports():
-    """Import without garbage collection in this block, and exclude what was imported from later collections.
-
-    None of a thousand modules is garbage, and searching them took a third of the start.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if collecting:
-            gc.enable()
-
-
-with quick_imports():
-    import numpy as np
-    from tqdm import tqdm
+import numpy as np
+from tqdm import tqdm
 
 
 def __getattr__(name):
     """Import `torch` and `nn` when they are first asked for: partition.py needs neither, and would wait a second."""
     if name not in ("torch", "nn"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with quick_imports():
-        import torch
+    import torch
+
     globals().update(torch=torch, nn=torch.nn)
     return globals()[name]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from libs import UserError, nn, np, prepare_image, printable, torch
+from libs import UserError, nn, np, prepare_image, torch
 from plumbing.common.compare import blamed_on
 from plumbing.common.fast import MaxPool2d
 from plumbing.common.images import as_pixels
+from plumbing.common.process import printable
 from plumbing.common.state import get_arrays, read_saved, save_checkpoint, set_arrays  # noqa: F401 (for those who import them from here)
 
 

@@ -19,8 +19,8 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
-from libs import DATASETS, UserError, given_flags, new_parser, nonempty_path, np, number, run_script, say, tqdm
-from plumbing.common.images import prepare_image
+from libs import DATASETS, UserError, np, prepare_image, run_script, say, tqdm
+from plumbing.common.arguments import given_flags, new_parser, nonempty_path, number
 from plumbing.common.split import count_eval, describe_partition, image_digest, split_id, table_digest
 from plumbing.laptop.drawing import FORMATS, try_to_draw
 from plumbing.laptop.pictures import draw_split

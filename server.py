@@ -15,9 +15,9 @@ import secrets
 import sys
 from pathlib import Path
 
-from libs import CKPS, DATASETS, UserError, torch
+from libs import CKPS, DATASETS, UserError, run_script, say, torch
 from plumbing.common.arguments import find_folder, new_parser, number, plain_args, read_secret, split_address
-from plumbing.common.process import on_signal, quiet_flower, run_script, say
+from plumbing.common.process import on_signal, quiet_flower
 from plumbing.common.state import float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop import start
@@ -164,15 +164,6 @@ class Server(Rounds):
         return True
 
 
-def build_model(args, info):
-    """Return the net to start from, for the dataset `info` (data.describe_dataset)."""
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    model = build_net(args.net, info["channels"], len(info["classes"]))
-    normalise_input(model, info["mean"], info["std"])
-    return model
-
-
 def build_strategy(args, model, record, num_fit, config, on_drop):
     """Return the strategy, which sends `config` to the clients with each question, and with a fit how to train."""
     fit_config = {name: getattr(args, name) for name in HYPER_PARAMETERS if getattr(args, name) is not None}
@@ -203,7 +194,10 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         args.augment = getattr(net, "augment", False)
     test, info = load_test(datasets / args.dataset, net.image_size)
     num_fit = start.count_clients(args, info["num_clients"], STRATEGIES[args.strategy].least)
-    model = build_model(args, info)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model = build_net(args.net, info["channels"], len(info["classes"]))
+    normalise_input(model, info["mean"], info["std"])
     start.check_effects(args, model)
     task = start.describe_task(args, info, model, build_net)
     about = {"dataset": args.dataset, "args": plain_args(args), **describe_in_checkpoint(info)}
@@ -260,10 +254,7 @@ def main():
     def run_rounds():
         start_server(server_address=address, server=run.server, config=run.config, certificates=certificates)
 
-    code = run.train(run_rounds)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gRPC's threads, which wait for clients that are cut off or frozen, would keep the process alive
+    return run.train(run_rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

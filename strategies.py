@@ -5,8 +5,6 @@ the rest, and hands each finished round to the record. server.py runs them in it
 `Server`.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib
@@ -86,19 +84,10 @@ class Checked:
         self.model, self.num_fit, self.seed = initial_model, num_fit, secrets.token_hex(8) if seed is None else seed
         self.checks = Checks(initial_model, BATCH_SIZES["fit"], self.least, on_drop)
         self.record = record or Record(initial_model, save_ckp_path)
-        self.save_ckp_path = self.record.path
         self.tries = collections.Counter()  # of each round: one in which nobody trained is run again, by others
         self.sent, self.config = kwargs["initial_parameters"], {}  # what the clients of the round train with
         self.started, self.row = math.nan, None  # of the current round; `row` once somebody trained in it, and also:
         self.arrays, self.clients = None, {}
-
-    @property
-    def reasons(self):  # why clients failed in the last aggregate_fit: {cid: text}
-        return self.checks.reasons
-
-    def check(self):
-        """Raise what failed in the record, if anything did."""
-        self.record.check()
 
     def go_back(self):
         """Forget the rounds from the one that diverged on. Return (the number of the last good round, its arrays)."""
@@ -126,7 +115,7 @@ class Checked:
 
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate the results that pass the checks: (Parameters, metrics), or (None, {}) if they are too few."""
-        self.check()
+        self.record.check()
         self.record.check_tests()  # or the results are of a model that is not kept
         self._finish_row()
         results = self.checks.fit(server_round, results, failures, parameters_to_ndarrays(self.sent), self.config)
@@ -149,10 +138,10 @@ class Checked:
         self.adapt(len(results))
         mean = average([(res.num_examples, res.parameters) for _, res in results])
         places = [place for place, array in enumerate(mean) if array.dtype.kind == "f"]
-        floats = [
-            (client, dataclasses.replace(res, parameters=in_float64([res.parameters[place] for place in places])))
-            for client, res in results
-        ]
+        floats = []
+        for client, res in results:
+            arrays = [res.parameters[place].astype(np.float64) for place in places]
+            floats.append((client, dataclasses.replace(res, parameters=ndarrays_to_parameters(arrays))))
         parameters, _ = super().aggregate_fit(server_round, floats, [])
         for place, array in zip(places, parameters_to_ndarrays(parameters)):
             mean[place] = array.astype(mean[place].dtype)
@@ -179,10 +168,6 @@ class Checked:
         row["round_seconds"] = time.monotonic() - self.started
         row["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.record.add(row, self.arrays, {cid: self.clients[cid] for cid in sorted(self.clients, key=cid_order)})
-
-
-def in_float64(arrays):
-    return ndarrays_to_parameters([array.astype(np.float64) for array in arrays])
 
 
 def average_eval(results, average_fn):

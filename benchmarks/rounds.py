@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 
-from libs import CKPS, quiet_flower, torch
+from libs import CKPS, torch
 from plumbing.common.compare import fingerprint, trial
+from plumbing.common.process import quiet_flower
 from plumbing.common.state import get_arrays
 from plumbing.device.connection import Connection
 from plumbing.device.task import Task

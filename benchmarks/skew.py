@@ -66,8 +66,6 @@ class Device:
 class Rows:
     """A record that keeps the rows alone."""
 
-    path = None
-
     def __init__(self):
         self.rows = []
 

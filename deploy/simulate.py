@@ -29,7 +29,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from libs import UserError, given_flags, printable, run_script, say  # noqa: E402
+from libs import UserError, run_script, say  # noqa: E402
+from plumbing.common.arguments import given_flags  # noqa: E402
+from plumbing.common.process import printable  # noqa: E402
 
 from check_simulation import known_flags, why_not  # noqa: E402
 

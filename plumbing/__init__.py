@@ -27,21 +27,15 @@ PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "grpc": "grpcio"}
 PACKAGES.update((name, name) for name in "filelock flwr matplotlib numpy pandas torch tqdm wandb".split())
 
 
-def explain_missing(error):
-    """Say how to install the package that a ModuleNotFoundError names; None for a module of our own."""
-    if error.name not in PACKAGES:
-        return None
-    pip = f"{sys.executable} -m pip install {PACKAGES[error.name]}"
-    return f"{error.name} is not installed: start this script with .venv/bin/python, or run {pip}"
-
-
 def print_in_one_line(kind, error, trace):
     """Be sys.excepthook: one line for Ctrl-C and for a missing package, also while modules are imported."""
     name = Path(sys.argv[0]).name
     if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write(f"{name}: interrupted\n")
-    elif issubclass(kind, ModuleNotFoundError) and explain_missing(error):
-        sys.stderr.write(f"{name}: {explain_missing(error)}\n")
+    elif issubclass(kind, ModuleNotFoundError) and error.name in PACKAGES:
+        pip = f"{sys.executable} -m pip install {PACKAGES[error.name]}"
+        text = f"{error.name} is not installed: start this script with .venv/bin/python, or run {pip}"
+        sys.stderr.write(f"{name}: {text}\n")
         sys.stderr.flush()
         os._exit(2)
     else:

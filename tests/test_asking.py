@@ -253,7 +253,7 @@ def proof(secret, question, nonce, about, channel=""):
 
 
 def hello(about, **fields):
-    from libs import VERSION
+    from plumbing import VERSION
 
     return {"version": VERSION, "frames": 1, "nonce": "1" * 32, "about": about, **fields}, []
 

@@ -7,8 +7,9 @@ import resource
 import stat
 import zipfile
 
-from libs import UserError, atomic_write
+from libs import UserError
 from plumbing.common import compare
+from plumbing.common.files import atomic_write
 
 import cv2
 import numpy as np

@@ -60,7 +60,7 @@ def test_a_lost_supernode_is_called_unavailable():
 
 def test_the_apps_settings_are_the_servers_flags():
     """Each flag of server.py is a setting of the Flower App with the same default, but for those of its wire."""
-    from libs import VERSION
+    from plumbing import VERSION
 
     import server
 

@@ -6,7 +6,8 @@ import random
 import struct
 import sys
 
-from libs import VERSION, np
+from libs import np
+from plumbing import VERSION
 from plumbing.common import frames, proof
 from plumbing.common.frames import Malformed, decode, encode
 from plumbing.common.process import UserError

@@ -4,7 +4,7 @@ import copy
 import random
 from types import SimpleNamespace
 
-from libs import VERSION
+from plumbing import VERSION
 from plumbing.common import compare
 from plumbing.laptop import handshake, registry
 

@@ -4,7 +4,8 @@ import io
 import json
 import struct
 
-from libs import UserError, decode_image, prepare_image
+from libs import UserError
+from plumbing.common.images import decode_image, prepare_image
 
 import cv2
 import numpy as np

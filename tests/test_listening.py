@@ -1,6 +1,7 @@
 """What users give as the server's address: taken apart, or refused at once."""
 
-import libs
+from libs import UserError
+from plumbing.common.arguments import split_address
 
 import pytest
 
@@ -27,7 +28,7 @@ import pytest
     ],
 )
 def test_address_is_taken_apart(given, port, host_and_port):
-    assert libs.split_address(given, port) == host_and_port
+    assert split_address(given, port) == host_and_port
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,8 @@ def test_address_is_taken_apart(given, port, host_and_port):
     ],
 )
 def test_what_can_never_be_reached_is_refused_at_once(given, port, reason):
-    with pytest.raises(libs.UserError, match=reason):
-        libs.split_address(given, port)
+    with pytest.raises(UserError, match=reason):
+        split_address(given, port)
 
 
 def test_address_with_its_port_trains(tiny):

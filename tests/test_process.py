@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from libs import VERSION
+from plumbing import VERSION
 from plumbing.common import arguments, frames
 from plumbing.common.process import fold
 from plumbing.device import machine

@@ -396,7 +396,8 @@ def test_scripts_are_bash():
 def test_missing_package_is_one_line_when_it_is_needed(suite, module, package):
     """tqdm: what a client started with another Python than .venv's first lacks; cv2: what no device has or needs."""
     (suite.root / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
-    resize = "import numpy, libs; libs.run_script(lambda: libs.prepare_image(numpy.zeros((9, 9), 'uint8'), (32, 32)))"
+    resize = "import numpy; from plumbing.common import images, process; process.run_script("
+    resize += "lambda: images.prepare_image(numpy.zeros((9, 9), 'uint8'), (32, 32)))"
     command = [suite.root / "client.py", "--cid", "0"] if module == "tqdm" else ["-c", resize]
     done = subprocess.run([sys.executable, *command], cwd=suite.root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done

@@ -307,12 +307,12 @@ def test_whatever_clients_send_the_global_model_stays_finite(tmp_path_factory, c
     strategy.aggregate_evaluate(1, [(Proxy(0), EvaluateRes(OK, results[0][2].get("extra", 0), 1, results[0][2]))], [])
     strategy.close()
     if parameters is None:
-        assert not (strategy.save_ckp_path).exists()
+        assert not strategy.record.path.exists()
         return
     for array, like in zip(parameters_to_ndarrays(parameters), get_arrays(LeNet5(1, 2)), strict=True):
         assert array.shape == like.shape and array.dtype == like.dtype and np.isfinite(array).all()
     assert all(math.isfinite(value) for value in metrics.values())
-    saved = torch.load(strategy.save_ckp_path, weights_only=True)["model"]
+    saved = torch.load(strategy.record.path, weights_only=True)["model"]
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 

@@ -120,7 +120,7 @@ def read_secret(path: Path | None) -> bytes | None:
     return secret
 
 
-def split_address(text: str, port: int | None = None, default: int = 8080) -> tuple[str, int]:
+def split_address(text: str, port: int | None = None) -> tuple[str, int]:
     """Split an address that the user gave into (host, port), the host without brackets, with its IPv6 zone.
 
     Takes "host", "host:port", "[::1]:port", "fe80::1%eth0", and all these as pasted from a browser. `port` is the value
@@ -148,7 +148,7 @@ def split_address(text: str, port: int | None = None, default: int = 8080) -> tu
         if len(host) > 253 or re.fullmatch(name, host) is None:
             raise UserError(f"--server_address {text} is neither a name nor an IP address") from None
     if not colon:
-        return host, default if port is None else port
+        return host, 8080 if port is None else port
     if not re.fullmatch(r"[0-9]{1,5}", tail) or not 0 < int(tail) < 65536:
         raise UserError(f"--server_address {text} has {tail or 'nothing'!r} for a port, not a number from 1 to 65535")
     if port not in (None, int(tail)):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 HAS_FUSED_ADAM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 4)  # on the CPU too
-UNUSED_OPTIONS = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 
 
 class PoolFunction(torch.autograd.Function):
@@ -54,7 +53,8 @@ class Adam:
     """
 
     def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8):
-        self.lr, self.betas, self.eps = lr, betas, eps
+        self.options = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps}
+        self.options.update(weight_decay=0.0, amsgrad=False, maximize=False)
         self.groups = {}  # the fused call takes parameters of one dtype and device, each with its mean, square, steps
         for parameter in parameters:
             state = parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -74,9 +74,8 @@ class Adam:
             parameters, means, squares, steps = map(list, zip(*group))
             torch._foreach_add_(steps, 1)
             gradients = [parameter.grad for parameter in parameters]
-            options = {"lr": self.lr, "beta1": self.betas[0], "beta2": self.betas[1], "eps": self.eps}
             step_all = torch._fused_adam_ if HAS_FUSED_ADAM else plain_adam
-            step_all(parameters, gradients, means, squares, [], steps, **options, **UNUSED_OPTIONS)
+            step_all(parameters, gradients, means, squares, [], steps, **self.options)
 
 
 def plain_adam(parameters, gradients, means, squares, _, steps, **options):

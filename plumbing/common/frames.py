@@ -122,7 +122,7 @@ def read(messages: Iterator[bytes], limit: int) -> bytes | None:
             raise Malformed("what it sends is no frame")
         parts.append(part)
         missing -= len(part)
-    return b"".join(parts) if len(parts) > 1 else parts[0]
+    return b"".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

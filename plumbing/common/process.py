@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from plumbing import explain_missing
-
 from tqdm import tqdm
 
 
@@ -67,7 +65,7 @@ def on_signal(act: Callable[[int], None]) -> None:
     The handlers themselves do nothing: an exception that a handler raises inside gRPC deadlocks the process for good
     (grpc 19973, 20026), and a handler waits until the main thread leaves C code. Python writes the number of a signal
     to a socket at once, whatever the main thread does, and it is read here. From now on the process ends by os._exit
-    (run_script), because gRPC's threads may never end.
+    (run_script): gRPC's threads, which wait for clients that are cut off or frozen, may never end.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -101,11 +99,6 @@ def run_script(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", sys.stderr)
-        code = 2
-    except ModuleNotFoundError as error:
-        if explain_missing(error) is None:
-            raise
-        say(f"{Path(sys.argv[0]).name}: {explain_missing(error)}", sys.stderr)
         code = 2
     sys.stdout.flush()
     if hasattr(on_signal, "writer"):

@@ -34,8 +34,7 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
             info.update({name: written[name] for name in info if name in written})
             assert info["channels"] in (1, 3) and info["classes"] == [str(name) for name in info["classes"]]
             assert info["id"] is None or (isinstance(info["shards"], list) and isinstance(info["test"], str))
-            for name in ("mean", "std"):
-                values = info[name]
+            for values in (info["mean"], info["std"]):
                 assert values is None or len(values) in (1, 3) and all(0 <= value <= 1 for value in values)
             if info["id"] and info["split"] and written.get("eval_fraction") is not None:
                 evals = [(sum(counts), count_eval(sum(counts), written["eval_fraction"])) for counts in info["split"]]
@@ -112,9 +111,8 @@ def read_table(path: Path, num_classes: int, phases: tuple[str, ...] = ()) -> np
 
 def image_digest(image: np.ndarray) -> bytes:
     """Return 16 bytes that two uint8 arrays share if their shapes and pixels are the same."""
-    digest = hashlib.blake2b(str(image.shape).encode(), digest_size=16)
-    digest.update(image.tobytes())  # row by row, whatever the order in memory
-    return digest.digest()
+    pixels = image.tobytes()  # row by row, whatever the order in memory
+    return hashlib.blake2b(str(image.shape).encode() + pixels, digest_size=16).digest()
 
 
 def table_digest(rows, image_digests) -> str:

@@ -31,11 +31,6 @@ def set_arrays(model: nn.Module, arrays: list[np.ndarray]) -> None:
         tensor.copy_(torch.as_tensor(array))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return how many numbers training changes in `model`."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def float32_weights(model: nn.Module) -> list[bool]:
     """Return for each array of get_arrays whether it is a float32 parameter, rather than a buffer of batch norm."""
     parameters = {id(parameter) for parameter in model.parameters()}

@@ -81,10 +81,7 @@ class Model:
     def __init__(self, tensors, before=None, differences=None):
         self.tensors = tensors
         self.before, self.differences = before, differences  # these are sent to devices that hold the Model `before`
-        digest = hashlib.sha256()
-        for data in tensors:
-            digest.update(data)
-        self.name = digest.hexdigest()[:16]
+        self.name = hashlib.sha256(b"".join(tensors)).hexdigest()[:16]
 
 
 class Sender:

@@ -9,23 +9,8 @@ import time
 from pathlib import Path
 
 from plumbing import VERSION
+from plumbing.common import frames
 from plumbing.common.arguments import join_address, split_address
-from plumbing.common.frames import (
-    FIRST,
-    FRAMES,
-    METHOD,
-    QUESTIONS,
-    Malformed,
-    OtherVersion,
-    decode,
-    describe_versions,
-    encode,
-    judge,
-    most_bytes,
-    options,
-    read,
-    split,
-)
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.proof import is_same, make_pass, name_channel, new_nonce, prove_client, prove_server
 from plumbing.common.state import float32_weights
@@ -58,48 +43,47 @@ class Session:
     def __init__(self, client, channel: str = ""):
         self.client, self.channel = client, channel
         self.holder = Holder(lambda: float32_weights(client.task.model))
-        self.limit = FIRST  # bytes that the server's next frame may have
+        self.limit = frames.FIRST  # bytes that the server's next frame may have
         self.nonces, self.proved = None, client.secret is None
         self.ticket = None
         self.end = None  # why the server ends the stream, (why, text), once it has said so
         self.problem = None  # why the device does
 
     def answer(self, frame: bytes) -> bytes:
-        """Return the answer to a frame. Raises Malformed if it is none, or not yet the time for it."""
-        header, arrays = decode(frame)
+        """Return the answer to a frame. Raises frames.Malformed if it is none, or not yet the time for it."""
+        header, arrays = frames.decode(frame)
         kind = header["kind"]
         try:
-            question = judge(header, QUESTIONS)
-        except OtherVersion as other:
-            self.problem = describe_versions(VERSION, printable(other.version, 20))
-            return encode(kind, {"version": VERSION, "frames": FRAMES, "nonce": new_nonce(), "about": {}})
+            question = frames.judge(header, frames.QUESTIONS)
+        except frames.OtherVersion as other:
+            self.problem = frames.describe_versions(VERSION, printable(other.version, 20))
+            return frames.encode(kind, {"version": VERSION, "frames": frames.FRAMES, "nonce": new_nonce(), "about": {}})
         if kind != "goodbye" and (kind == "hello") is not (self.nonces is None):
-            raise Malformed(f"{kind} at the wrong time")
+            raise frames.Malformed(f"{kind} at the wrong time")
         if not self.proved and self.nonces is not None:
             self.proved = is_same(
                 question.get("proof", ""), prove_server(self.client.secret, self.channel, self.nonces)
             )
         if not self.proved and kind not in ("hello", "goodbye"):
-            raise Malformed("it does not prove that it knows the secret")
-        return encode(kind, *getattr(self, f"on_{kind}")(question, arrays))
+            raise frames.Malformed("it does not prove that it knows the secret")
+        return frames.encode(kind, *getattr(self, f"on_{kind}")(question, arrays))
 
     def on_hello(self, question, arrays):
         nonce, properties = new_nonce(), self.client.get_properties({})
         about = {name: properties[name] for name in WHO if name in properties}
         self.nonces = question["nonce"], nonce
-        answer = {"version": VERSION, "frames": FRAMES, "nonce": nonce, "about": about}
+        answer = {"version": VERSION, "frames": frames.FRAMES, "nonce": nonce, "about": about}
         if self.client.secret is not None:
             answer["proof"] = prove_client(self.client.secret, self.channel, self.nonces, about)
         return answer, ()
 
     def on_task(self, question, arrays):
-        task = {name: question[name] for name in ("net", "dataset_id") if name in question}
         say("connected to the server")
         self.ticket = question["ticket"]
         self.client.answered = None  # the time without a server is no waiting of a round
-        about = self.client.get_properties(task)
+        about = self.client.get_properties(question)
         if self.client.task.model is not None:
-            self.limit = most_bytes(array.nbytes for array in self.client.get_parameters({}))
+            self.limit = frames.most_bytes(array.nbytes for array in self.client.get_parameters({}))
         trial = [about.pop("trial")] if "trial" in about else []
         return {"about": shorten(about)}, trial
 
@@ -108,7 +92,7 @@ class Session:
         try:
             sent = self.holder.pack(Parameters([write_npy(array) for array in parameters], "numpy.ndarray"))
         except ValueError as error:  # what the server has sent before is not the model that is trained here
-            raise Malformed(printable(error)) from None
+            raise frames.Malformed(printable(error)) from None
         answer = {"num_examples": num_examples, "metrics": shorten(metrics), "tensor_type": sent.tensor_type}
         return answer, sent.tensors
 
@@ -129,7 +113,7 @@ class Session:
             plain = self.holder.unpack(Parameters(arrays, question["tensor_type"]))
             return [read_npy(data) for data in plain.tensors]
         except Exception as error:  # numpy has no end of them for what is no .npy
-            raise Malformed(printable(error)) from None
+            raise frames.Malformed(printable(error)) from None
 
 
 def shorten(entries):
@@ -157,17 +141,17 @@ class Connection:
         """
         session, answers, channel = Session(self.client, name_channel(self.authority)), queue.SimpleQueue(), self.open()
         problem = f"lost the server at {self.address}"
-        stream = channel.stream_stream(METHOD)(iter(answers.get, None), metadata=self.make_metadata())
+        stream = channel.stream_stream(frames.METHOD)(iter(answers.get, None), metadata=self.make_metadata())
         patience = threading.Timer(PATIENCE, lambda: session.ticket or stream.cancel())
         patience.daemon = True
         patience.start()
         try:
-            for frame in iter(lambda: read(stream, session.limit), None):
-                for message in split(session.answer(frame)):
+            for frame in iter(lambda: frames.read(stream, session.limit), None):
+                for message in frames.split(session.answer(frame)):
                     answers.put(message)
         except grpc.RpcError as error:
             problem = self.explain(error.code(), session.ticket is not None) or problem
-        except Malformed as error:
+        except frames.Malformed as error:
             problem = f"what the server at {self.address} says is not understood: {error}"
         finally:
             patience.cancel()
@@ -189,7 +173,7 @@ class Connection:
 
     def open(self):
         target = self.address.replace("%", "%25")  # for gRPC the address is a URI
-        settings = [*options(), *CLIENT_OPTIONS]
+        settings = [*frames.options(), *CLIENT_OPTIONS]
         if self.authority is None:
             return grpc.insecure_channel(target, settings)
         return grpc.secure_channel(target, grpc.ssl_channel_credentials(self.authority), settings)

@@ -35,11 +35,7 @@ def describe_machine(root: Path = Path("/")) -> dict:
 
     `root` is where /proc lies.
     """
-    facts = {
-        "board": platform.machine(),
-        "torch": torch.__version__,
-        "flwr": getattr(flwr, "__version__", "before 1.8"),
-    }
+    facts = {"board": platform.machine(), "torch": torch.__version__, "flwr": flwr.__version__}
     facts.update(python=platform.python_version(), threads=torch.get_num_threads())
     with contextlib.suppress(OSError):
         facts["board"] = (root / "proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 \n")

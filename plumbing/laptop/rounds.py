@@ -2,7 +2,7 @@
 
 From Ctrl-C to the end: common/process.on_signal calls ending.Run.stop, and that Rounds.stop, which notes the signal;
 the main thread raises Stopped (raise_failure) within POLL seconds where it waits for clients, and after a save where it
-waits for the record; laptop/ending tells the clients and saves the finished rounds; server.main ends the process.
+waits for the record; laptop/ending tells the clients and saves the finished rounds; run_script ends the process.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Rounds(flwr.server.Server):
         """Raise what should end the training early: a signal, or a failure of the record."""
         if self.signum is not None:
             raise Stopped
-        self.strategy.check()
+        self.strategy.record.check()
 
     def wait_for_clients(self, current):
         """Wait until enough clients are there for the round `current`."""
@@ -125,11 +125,11 @@ class Rounds(flwr.server.Server):
 
     def try_again(self, current, num_asked):
         """Pause before the round `current` is run again, in which nobody trained. Raise Hopeless if that is no use."""
-        self.failed.append(lasting_reasons(self.strategy.reasons, num_asked, self.trained))
+        self.failed.append(lasting_reasons(self.strategy.checks.reasons, num_asked, self.trained))
         if len(self.failed) >= HOPELESS and set.intersection(*self.failed[-HOPELESS:]):
             self.wait_for_tests()
             self.strategy.close()  # raises if what is said to be saved is not
-            reasons = sorted(set(self.strategy.reasons.values()))
+            reasons = sorted(set(self.strategy.checks.reasons.values()))
             shown = "; ".join(reasons[:3]) + "; …" * (len(reasons) > 3)
             raise Hopeless(
                 f"round {current} failed on all clients {HOPELESS} times in a row: {shown} "

@@ -7,7 +7,7 @@ from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.split import describe_partition
-from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
+from plumbing.common.state import batch_norm_names, float32_weights
 from plumbing.laptop.budget import Budget
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
@@ -95,7 +95,8 @@ def start_curves(args, folder, info, model, earlier, needed):
     config = {**plain_args(args), "data": facts, **describe_code()}
     curves, where = start_wandb(args.dataset, earlier.run_id, config, earlier.rows, needed=needed)
     if needed:
-        show_task(args, info, facts, count_parameters(model))
+        num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        show_task(args, info, facts, num_parameters)
     say(where)
     curves.show_split(info["split"], info["classes"])
     curves.catch_up(earlier.rows)
