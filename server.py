@@ -147,7 +147,7 @@ class Server(Rounds):
             instructions = self.budget.divide(current, instructions, self.registry.clients)
 
         # 2. They train the global model, all at the same time; the strategy averages what they send.
-        results, failures = self.questions.ask("fit", instructions, timeout, current)
+        results, failures = self.questions.ask("fit", instructions, timeout)
         parameters, _ = self.strategy.aggregate_fit(current, results, failures)
         if parameters is None:
             self.try_again(current, len(instructions))
@@ -156,7 +156,7 @@ class Server(Rounds):
 
         # 3. All clients evaluate the new global model.
         instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
-        results, failures = self.questions.ask("evaluate", instructions, timeout, current)
+        results, failures = self.questions.ask("evaluate", instructions, timeout)
 
         # 4. Hand the round to the record (laptop/record), which tests and saves it while the next one trains.
         self.strategy.aggregate_evaluate(current, results, failures)

@@ -796,7 +796,6 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     from plumbing.laptop.rounds import Hopeless, Target
 
     from flwr.server import SimpleClientManager
-    from flwr.server.client_proxy import ClientProxy
 
     from server import Server
 
@@ -804,16 +803,13 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     monkeypatch.setattr(Record, "draw", lambda self: None)  # half of the time
     monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
-    class Trainer(ClientProxy):
-        def fit(self, ins, timeout, group_id):
+    class Trainer(Proxy):
+        def ask(self, method, ins, timeout):
+            if method == "evaluate":
+                return evaluate_result(self.cid)[1]
             arrays = parameters_to_ndarrays(ins.parameters)
             started.append(int(arrays[6]))  # layer1.1.num_batches_tracked
             return fit_result(self.cid, [array + 1 for array in arrays])[1]
-
-        def evaluate(self, ins, timeout, group_id):
-            return evaluate_result(self.cid)[1]
-
-        get_properties = get_parameters = reconnect = None
 
     class Clients(SimpleClientManager):
         def wait_for_round(self, min_clients, check):

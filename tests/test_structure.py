@@ -25,8 +25,7 @@ LINES = {"script": 299, "plumbing": 250, "class": 120, "function": 60}  # at mos
 PARAMETERS = 6  # at most, without self, *args and **kwargs
 MANY_PARAMETERS = ("client_fit_fn",)  # whose parameters are the contract's
 LAPTOP_ONLY = ("pandas", "wandb", "matplotlib")
-PUBLIC_FLOWER = {"flwr", "flwr.client", "flwr.common", "flwr.server"}
-PUBLIC_FLOWER |= {"flwr.server.strategy", "flwr.server.client_proxy"}
+PUBLIC_FLOWER = {"flwr", "flwr.client", "flwr.common", "flwr.server", "flwr.server.strategy"}
 FLOWERS_INSIDES = ("plumbing/laptop/flower.py",)
 
 

@@ -13,8 +13,6 @@ import traceback
 from plumbing.laptop.registry import POLL
 from plumbing.laptop.remote import ClientFailure
 
-from flwr.common import Code
-
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LEAST_PATIENCE = 60  # seconds that a client may be away at least before someone is told
 LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
@@ -31,8 +29,8 @@ class Questions:
         self.auto_timeout, self.check = auto_timeout, check
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
 
-    def ask(self, method, instructions, timeout, current):
-        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …]).
+    def ask(self, method, instructions, timeout):
+        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure, …]).
 
         Each question has a thread, which sleeps: an answer takes as long as the client trains, and a pool of fewer
         threads than clients would have some devices wait for others.
@@ -41,7 +39,7 @@ class Questions:
 
         def ask_one(client, ins, limit):
             try:
-                answers.put((client, (client, getattr(client, method)(ins, limit, current))))
+                answers.put((client, client.ask(method, ins, limit)))
             except Exception as error:
                 answers.put((client, error))
 
@@ -56,13 +54,13 @@ class Questions:
             except queue.Empty:
                 continue
             waiting.remove(client)
-            if isinstance(answer, tuple) and answer[1].status.code == Code.OK:
-                self.seconds[method, client.cid].append(time.monotonic() - started)
-                results.append(answer)
-            else:
-                if not isinstance(answer, (tuple, ClientFailure)):  # an error of ours
+            if isinstance(answer, Exception):
+                if not isinstance(answer, ClientFailure):  # an error of ours
                     traceback.print_exception(answer)
                 failures.append(answer)
+            else:
+                self.seconds[method, client.cid].append(time.monotonic() - started)
+                results.append((client, answer))
         return results, failures
 
     def limit(self, method, cid, timeout):

@@ -29,11 +29,11 @@ class Node(Admitted):
         super().__init__(proxy, properties)
         self.turn, self.gone = turn, threading.Event()
 
-    def ask(self, method, ins, timeout, group_id):
+    def ask(self, method, ins, timeout):
         started = time.monotonic()
         try:
             with self.turn:
-                return getattr(self.proxy, method)(ins, timeout, group_id)
+                return getattr(self.proxy, method)(ins, timeout, None)
         except ValueError as error:  # Flower's for all that went wrong on the way or in the app's process
             if timeout is not None and time.monotonic() - started >= timeout:
                 raise ClientFailure(self.cid, f"no answer within {timeout:g} s") from None
@@ -86,7 +86,7 @@ class Nodes(Clients):
         """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
         question, unknown = name_task(self.task["net"], self.task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
         try:
-            answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, 0).properties
+            answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, None).properties
         except Exception as error:  # in the app on the device, or on the way there
             raise TurnedAway(printable(error), unknown) from None
         check_client(answer, self.num_clients, self.task, unknown)
