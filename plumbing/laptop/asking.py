@@ -21,15 +21,15 @@ LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
 class Questions:
     """Puts the questions of a round to all clients at the same time.
 
-    auto_timeout: whether a client's time is limited by its own last answers, instead of by `timeout`.
+    timeout: seconds that a client may take to answer; "auto": by its own last answers; None: no limit.
     check: called every POLL seconds, to raise what should end the waiting.
     """
 
-    def __init__(self, auto_timeout=False, check=None):
-        self.auto_timeout, self.check = auto_timeout, check
+    def __init__(self, timeout, check):
+        self.timeout, self.check = timeout, check
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
 
-    def ask(self, method, instructions, timeout):
+    def ask(self, method, instructions):
         """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure, …]).
 
         Each question has a thread, which sleeps: an answer takes as long as the client trains, and a pool of fewer
@@ -44,7 +44,7 @@ class Questions:
                 answers.put((client, error))
 
         for client, ins in instructions:
-            args, name = (client, ins, self.limit(method, client.cid, timeout)), f"{method} {client.cid}"
+            args, name = (client, ins, self.limit(method, client.cid)), f"{method} {client.cid}"
             threading.Thread(target=ask_one, args=args, name=name, daemon=True).start()
         results, failures = [], []
         while waiting:
@@ -63,11 +63,11 @@ class Questions:
                 results.append((client, answer))
         return results, failures
 
-    def limit(self, method, cid, timeout):
-        """Return the seconds that a client has to answer, None for no limit: `timeout`, or by its own last answers."""
+    def limit(self, method, cid):
+        """Return the seconds that a client has to answer, None for no limit."""
+        if self.timeout != "auto":
+            return self.timeout
         seconds = self.seconds[method, cid][-LAST_ANSWERS:]
-        if not self.auto_timeout:
-            return timeout
         return max(LEAST_TIMEOUT, 3 * statistics.median(seconds)) if len(seconds) >= 3 else None
 
 
@@ -77,7 +77,7 @@ class Absences:
     tell: called as Curves.watch is.
     """
 
-    def __init__(self, cids, tell=lambda current, missing, clients: None):
+    def __init__(self, cids, tell):
         self.cids, self.tell = set(cids), tell
         self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
         self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took

@@ -8,7 +8,6 @@ from plumbing.common.files import lock_file
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.split import describe_partition
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
-from plumbing.laptop.budget import Budget
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
 from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
@@ -58,11 +57,6 @@ def describe_task(args, info, model, build_net):
         outputs = trial(build_net(args.net, info["channels"], num_classes))
     task = {"dataset": args.dataset, "dataset_id": info["id"], "channels": info["channels"], "sizes": info["sizes"]}
     return {**task, "num_classes": num_classes, "net": args.net, "fingerprint": fingerprint(model), "trial": outputs}
-
-
-def divide_time(args, count_batches, rows):
-    """Return the Budget of --time_budget, None if there is none. For `count_batches` and `rows` see Budget."""
-    return args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, rows)
 
 
 def tell_curves_of_client(curves, num_clients, cid, properties):
