@@ -27,10 +27,9 @@ from plumbing.laptop.door import start_server  # Flower's is deprecated, and 1.4
 from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
-from plumbing.laptop.flower import start_grid
 from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
-from plumbing.laptop.nodes import Nodes
+from plumbing.laptop.nodes import Nodes, start_grid
 from plumbing.laptop.record import Diverged, GlobalTest, Record
 from plumbing.laptop.registry import Registry
 from plumbing.laptop.rounds import LASTING, Rounds, Target
@@ -274,6 +273,7 @@ def run_app(grid, context):
     """Train with the SuperNodes of `grid`, by the run's config: pyproject.toml, and what `flwr run` was told besides.
 
     Flower copies the app's files elsewhere before it runs them: datasets/ and ckps/ are in the `folder` of the config.
+    All that differs from the scripts is listed in laptop/nodes.
     """
     code = 0
     if context.run_config.get("verbose") is not True:

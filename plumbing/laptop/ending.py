@@ -22,8 +22,6 @@ from plumbing.laptop.record import Diverged
 from plumbing.laptop.registry import Clients
 from plumbing.laptop.screen import Progress, show_end
 
-from flwr.server.strategy import Strategy
-
 
 class Stopped(Exception):
     """A signal asked the server to stop."""
@@ -38,7 +36,7 @@ class Run:
     """The parts of a run that are needed at its end. `lock` is kept until then."""
 
     registry: Clients
-    strategy: Strategy
+    strategy: object  # of strategies.py
     curves: Curves
     progress: Progress
     lock: object

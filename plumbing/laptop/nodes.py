@@ -1,4 +1,16 @@
-"""Who takes part on Flower's engines, which have connections of their own."""
+"""Flower's engines, the simulation and the deployment: who takes part, and all that differs from the scripts.
+
+start         server.run_app and client.client_fn stand for the two main(); the loop of the rounds is the same, run by
+              Flower's start_grid, and ended by its SystemExit instead of a signal
+flags         come from the run's config (laptop/flags: app_settings); there are none for the connection, which is
+              Flower's: no secret, no certificates, no --compress
+handshake     one message that tells all (Nodes); the reasons to turn a client away are those of the scripts
+messages      each names the net and the split of the data, and makes a new Client: it may meet a new process
+deployment    a SuperNode's --node-config has its cid and the suite's folder; the device leaves the same files
+simulation    a SuperNode's number is its cid, and the folder is the server's; its board is "simulated", and it leaves
+              no file but the batch norm of --fedbn; there is no --round_timeout. deploy/simulate.py first splits the
+              data, then starts Flower and Ray, with a client on each core at a time
+"""
 
 from __future__ import annotations
 
@@ -13,6 +25,7 @@ from plumbing.laptop.remote import Admitted, ClientFailure
 from plumbing.laptop.stream import LOST
 
 from flwr.common import GetPropertiesIns
+from flwr.server.compat.app import start_grid as start_grid  # not public: only this module knows where it is
 
 ASK_AGAIN = 30  # seconds until a SuperNode that was turned away is asked again
 TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than there are cores, which do the work
