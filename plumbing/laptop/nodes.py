@@ -21,7 +21,7 @@ import time
 from plumbing.common.process import printable
 from plumbing.laptop.handshake import TurnedAway, check_client, name_task
 from plumbing.laptop.registry import Clients
-from plumbing.laptop.remote import Admitted, ClientFailure
+from plumbing.laptop.remote import ClientFailure
 from plumbing.laptop.stream import LOST
 
 from flwr.common import GetPropertiesIns
@@ -32,14 +32,15 @@ TURNS = 64  # SuperNodes of a simulation that are asked at a time: more than the
 NODE_TIMEOUT = 600  # seconds for a SuperNode to answer: a new process on a busy board, and what waits before it
 
 
-class Node(Admitted):
-    """A SuperNode of Flower's engines under its own cid.
+class Node:
+    """A SuperNode of Flower's engines under its own cid, like a remote.RemoteClient.
 
+    proxy: Flower's.
     turn: a lock that it shares with others, held while it is asked.
     """
 
     def __init__(self, proxy, properties, turn):
-        super().__init__(proxy, properties)
+        self.cid, self.proxy, self.properties = str(properties["cid"]), proxy, properties
         self.turn, self.gone = turn, threading.Event()
 
     def ask(self, method, ins, timeout):
@@ -91,18 +92,20 @@ class Nodes(Clients):
                 if self._admit(Node(proxy, properties, turn)):
                     return
             except TurnedAway as reason:
+                if reason.cid == "unknown":
+                    reason.cid = f"unknown, of SuperNode {proxy.cid}"
                 if str(reason) != said and self._say_reason(reason):
                     said = str(reason)
             time.sleep(ASK_AGAIN)
 
     def _ask(self, proxy):
         """Have the handshake with a SuperNode in one message, which tells all: the next may meet a new process."""
-        question, unknown = name_task(self.task["net"], self.task["dataset_id"]), f"unknown, of SuperNode {proxy.cid}"
+        question = GetPropertiesIns(name_task(self.task["net"], self.task["dataset_id"]))
         try:
-            answer = proxy.get_properties(GetPropertiesIns(question), NODE_TIMEOUT, None).properties
+            answer = proxy.get_properties(question, NODE_TIMEOUT, None).properties
         except Exception as error:  # in the app on the device, or on the way there
-            raise TurnedAway(printable(error), unknown) from None
-        check_client(answer, self.num_clients, self.task, unknown)
+            raise TurnedAway(printable(error)) from None
+        check_client(answer, self.num_clients, self.task)
         return answer
 
     def _is_gone(self, client):

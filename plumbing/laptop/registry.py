@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import secrets
 import threading
@@ -53,9 +54,11 @@ class Clients(SimpleClientManager):
     num_clients, task: see laptop/handshake.
     on_join: called with the cid and the properties of each client that is admitted.
     sender: sends parameters (common/wire).
+
+    Each kind has `register`, `close`, and `_is_gone`: whether the connection of a client that joins has ended.
     """
 
-    def __init__(self, num_clients, task, on_join=None, sender=None):
+    def __init__(self, num_clients, task, on_join=lambda cid, properties: None, sender=None):
         super().__init__()
         self.num_clients, self.task = num_clients, task
         self.on_join, self.sender = on_join, sender or Sender()
@@ -102,8 +105,7 @@ class Clients(SimpleClientManager):
             self.remove(other)
         count = f"({len(self.clients)} of {self.num_clients} clients)"
         say(f"cid {client.cid} {'is back' if before else 'joined'} {count}: {describe(client.properties)}")
-        if self.on_join is not None:
-            self.on_join(client.cid, client.properties)
+        self.on_join(client.cid, client.properties)
         return True
 
     def sample(self, num_clients, min_num_clients=None, criterion=None):
@@ -132,10 +134,6 @@ class Clients(SimpleClientManager):
             if missing and missing != self.without:
                 say(f"continuing without cid {missing} (--min_clients {min_clients})")
             self.without = missing
-
-    def _is_gone(self, client):
-        """Return whether the connection of a client that is to be admitted has ended."""
-        raise NotImplementedError
 
     def _say_reason(self, reason, key=None):
         """Print why a client was turned away, unless that, or the same `key`, was said lately. Return whether it is."""
@@ -200,16 +198,8 @@ class Registry(Clients):
                 return
             self.closed, self.notice = True, notice
             clients = list(self.clients.values())
-        say_goodbye(clients, notice)
-
-
-def say_goodbye(clients, notice):
-    """Send all clients away at the same time."""
-    threads = [threading.Thread(target=client.say_goodbye, args=(notice,), daemon=True) for client in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        with concurrent.futures.ThreadPoolExecutor(len(clients) or 1) as pool:  # all at the same time
+            pool.map(lambda client: client.say_goodbye(notice), clients)
 
 
 def in_use(client, other):

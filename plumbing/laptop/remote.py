@@ -30,26 +30,16 @@ class ClientFailure(Exception):
         self.cid = cid
 
 
-class Admitted:
-    """A client that passed the handshake, under its own cid.
+class RemoteClient:
+    """A client of the scripts that passed the handshake, for one question at a time: fit or evaluate.
 
-    proxy: what leads to it: a stream.Stream, or Flower's proxy of a SuperNode.
-
-    Each kind of client has `ask`, `is_alive` and `close`.
-    """
-
-    def __init__(self, proxy, properties):
-        self.cid, self.proxy, self.properties = str(properties["cid"]), proxy, properties
-
-
-class RemoteClient(Admitted):
-    """A client of the scripts, for one question at a time: fit or evaluate.
-
+    proxy: its stream.Stream.
+    properties: what it says of itself, with its cid.
     sender: says how parameters are sent (common/wire).
     """
 
-    def __init__(self, stream, properties, sender):
-        super().__init__(stream, properties)
+    def __init__(self, proxy, properties, sender):
+        self.cid, self.proxy, self.properties = str(properties["cid"]), proxy, properties
         self.sender = sender
         self.held = None  # the wire.Model that it has, as far as its last answer tells
         self.lock = threading.Lock()  # held while it has a question to answer
