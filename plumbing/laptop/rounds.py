@@ -108,10 +108,9 @@ class Rounds(flwr.server.Server):
             )
         delay = min(2 ** (len(self.failed) - 1), MAX_RETRY_DELAY)
         say(f"round {current}: nobody trained; it is run again in {delay} s")
-        until = time.monotonic() + delay
-        while time.monotonic() < until:
+        for _ in range(int(delay / POLL)):
             self.run.check()
-            time.sleep(min(POLL, max(0, until - time.monotonic())))
+            time.sleep(POLL)
 
     def go_back(self, diverged):
         """Take back the model with which the round that diverged began. Return the number of that round.
