@@ -70,9 +70,7 @@ class Run:
         except Stopped:
             say(f"stopping ({signal.Signals(self.signum).name}; Ctrl-C again exits at once)")
         except SystemExit as end:  # Flower's own way out, on its engines
-            code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
-            if isinstance(end.code, str):
-                say(f"server.py: {end.code}", sys.stderr)
+            code = end.code or 128 + signal.SIGTERM
         except BaseException as error:
             self.error, code = error, fail(error)
         self.registry.close({"why": "stopped", "text": "the server stopped before the last round"})

@@ -81,18 +81,16 @@ class Clients(SimpleClientManager):
                 del self.clients[client.cid]
                 if not self.closed:
                     say(f"cid {client.cid} left")
-            self._cv.notify_all()
         client.close()
 
     def _admit(self, client):
         """Take a client in, and return whether it could be. Raise TurnedAway if another one with its cid is alive."""
-        before = None
+        how = "joined"
         while True:
             with self._cv:
                 if self._is_gone(client) or self.closed:
                     return False
                 other = self.clients.get(client.cid)
-                before = other or before
                 if other is None:
                     self.clients[client.cid] = client
                     if client.cid not in self.seen:  # no round waits longer for a client that comes back
@@ -103,8 +101,9 @@ class Clients(SimpleClientManager):
             if other.is_alive():
                 raise in_use(client, other)
             self.remove(other)
+            how = "is back"
         count = f"({len(self.clients)} of {self.num_clients} clients)"
-        say(f"cid {client.cid} {'is back' if before else 'joined'} {count}: {describe(client.properties)}")
+        say(f"cid {client.cid} {how} {count}: {describe(client.properties)}")
         self.on_join(client.cid, client.properties)
         return True
 

@@ -30,14 +30,10 @@ def count_clients(args, shards, least):
     if args.min_clients < least:
         counts = f"--num_clients {args.num_clients} --min_clients {args.min_clients}"
         raise UserError(f"{needs}{counts} allow smaller ones")
-    num_fit = count_fits(args.fraction_fit, args.num_clients)
+    num_fit = max(1, int(args.fraction_fit * args.num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
     if num_fit < least:
         raise UserError(f"{needs}--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_fit}")
     return num_fit
-
-
-def count_fits(fraction, num_clients):
-    return max(1, int(fraction * num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 def check_effects(args, model):
@@ -100,8 +96,7 @@ def show_task(args, info, facts, num_parameters):
     """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:
-        how = f"{facts['num_clients']} shards ({describe_partition(facts)})"
-        text += f", {facts['num_train']:,} images in {how}"
+        text += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({describe_partition(facts)})"
         text += f", {facts['num_test']:,} for the test"
     say(f"{text}; {args.net}: {num_parameters:,} parameters")
     if info["num_clients"] not in (None, args.num_clients):
