@@ -40,9 +40,9 @@ class Run:
     curves: Curves
     progress: Progress
     lock: object
-    signum: int | None = None  # of the signal that asked the server to stop,
-    stopped: float = 0.0  # and when
-    error: BaseException | None = None  # what else ended it early
+    signum: int | None = None  # of the signal that asked the server to stop
+    stopped: float = 0.0  # when it came
+    error: BaseException | None = None  # what else ended the run early
 
     @property
     def next_round(self):
