@@ -22,14 +22,14 @@ from plumbing.common.state import float32_weights
 from plumbing.common.wire import COMPRESS, Sender
 from plumbing.laptop import start
 from plumbing.laptop.asking import Absences
+from plumbing.laptop.budget import Budget
 from plumbing.laptop.door import start_server  # Flower's is deprecated, and 1.43 takes it away (docs/flower.md)
 from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
-from plumbing.laptop.flower import start_grid
 from plumbing.laptop.handshake import name_task
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
-from plumbing.laptop.nodes import Nodes
+from plumbing.laptop.nodes import Nodes, start_grid
 from plumbing.laptop.record import Diverged, GlobalTest, Record
 from plumbing.laptop.registry import Registry
 from plumbing.laptop.rounds import LASTING, Rounds, Target
@@ -125,19 +125,19 @@ def parse_args(settings=None, ckps=CKPS):
 class Server(Rounds):
     """The loop of the rounds; laptop/rounds has what may happen around it."""
 
-    def run_rounds(self, num_rounds, timeout):
-        """Run the rounds up to `num_rounds`, with `timeout` seconds per question to a client; None: no limit."""
+    def run_rounds(self, num_rounds):
+        """Run the rounds up to `num_rounds`."""
         self.parameters = self.strategy.initialize_parameters(self.registry)
         current, over = len(self.strategy.record.history.rows) + 1, False  # after those of the run that is resumed
         while not over:
             try:
-                if self.run_round(current, timeout):
+                if self.run_round(current):
                     over = self.is_over(current, num_rounds)
                     current += 1
             except Diverged as diverged:  # the test of this round or one before, which runs beside the training
                 current = self.go_back(diverged)
 
-    def run_round(self, current, timeout):
+    def run_round(self, current):
         """Run one round. Return whether anyone trained in it: otherwise it does not count, and is run again."""
         # 1. Wait for the clients, and choose those that train.
         self.wait_for_clients(current)
@@ -147,7 +147,7 @@ class Server(Rounds):
             instructions = self.budget.divide(current, instructions, self.registry.clients)
 
         # 2. They train the global model, all at the same time; the strategy averages what they send.
-        results, failures = self.questions.ask("fit", instructions, timeout, current)
+        results, failures = self.questions.ask("fit", instructions)
         parameters, _ = self.strategy.aggregate_fit(current, results, failures)
         if parameters is None:
             self.try_again(current, len(instructions))
@@ -156,7 +156,7 @@ class Server(Rounds):
 
         # 3. All clients evaluate the new global model.
         instructions = self.strategy.configure_evaluate(current, self.parameters, self.registry)
-        results, failures = self.questions.ask("evaluate", instructions, timeout, current)
+        results, failures = self.questions.ask("evaluate", instructions)
 
         # 4. Hand the round to the record (laptop/record), which tests and saves it while the next one trains.
         self.strategy.aggregate_evaluate(current, results, failures)
@@ -183,7 +183,7 @@ def build_strategy(args, model, record, num_fit, config, on_drop):
 
 
 def prepare(args, datasets, ckps, new_registry, in_app=False):
-    """Read and check what is in the folders `datasets` and `ckps`. Return the Run, None if no round is left to run.
+    """Read and check what is in the folders `datasets` and `ckps`. Return the Server, None if no round is left to run.
 
     new_registry: makes the Registry or the Nodes.
     in_app: whether this is a Flower App, where each message may meet a new process: all of them name net and split.
@@ -231,12 +231,10 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     sender = Sender(args.compress, float32_weights(model))
     on_join = functools.partial(start.tell_curves_of_client, curves, args.num_clients)
     registry = new_registry(args.num_clients, task, on_join=on_join, sender=sender)
-    auto = args.round_timeout == "auto"
+    run = Run(registry, strategy, curves, progress, lock)
     absences = Absences(map(str, range(args.num_clients)), curves.watch)
-    server = Server(registry, strategy, args.min_clients, auto, target, absences)
-    server.budget = start.divide_time(args, count_batches, record.clients.rows)
-    config = ServerConfig(num_rounds=args.num_rounds, round_timeout=None if auto else args.round_timeout)
-    return Run(server, config, curves, progress, lock)
+    budget = args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, record.clients.rows)
+    return Server(run, args.min_clients, args.round_timeout, target, absences, budget)
 
 
 def main():
@@ -245,16 +243,17 @@ def main():
         quiet_flower()
     certificates = read_certificates(args.certificates)
     address = check_address(args.server_address, args.server_port)
-    run = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=read_secret(args.secret_file)))
-    if run is None:
+    server = prepare(args, DATASETS, CKPS, functools.partial(Registry, secret=read_secret(args.secret_file)))
+    if server is None:
         return 0
-    on_signal(run.stop)
-    announce(args, address, run.next_round)
+    on_signal(server.run.stop)
+    announce(args, address, server.run.next_round)
 
     def run_rounds():
-        start_server(server_address=address, server=run.server, config=run.config, certificates=certificates)
+        config = ServerConfig(num_rounds=args.num_rounds)
+        start_server(server_address=address, server=server, config=config, certificates=certificates)
 
-    return run.train(run_rounds)
+    return server.run.train(run_rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,6 +267,7 @@ def run_app(grid, context):
     """Train with the SuperNodes of `grid`, by the run's config: pyproject.toml, and what `flwr run` was told besides.
 
     Flower copies the app's files elsewhere before it runs them: datasets/ and ckps/ are in the `folder` of the config.
+    All that differs from the scripts is listed in laptop/nodes.
     """
     code = 0
     if context.run_config.get("verbose") is not True:
@@ -276,10 +276,11 @@ def run_app(grid, context):
         folder = find_folder(context.run_config)
         os.environ.setdefault("WANDB_DIR", str(folder))
         args = parse_args(app_settings(context.run_config, folder), folder / "ckps")
-        run = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
-        if run is not None:
-            say(f"round {run.next_round} to {args.num_rounds} with {args.num_clients} clients")
-            code = run.train(lambda: start_grid(grid=grid, server=run.server, config=run.config))
+        server = prepare(args, folder / "datasets", folder / "ckps", Nodes, in_app=True)
+        if server is not None:
+            say(f"round {server.run.next_round} to {args.num_rounds} with {args.num_clients} clients")
+            config = ServerConfig(num_rounds=args.num_rounds)
+            code = server.run.train(lambda: start_grid(grid=grid, server=server, config=config))
     except Exception as error:
         code = fail(error)
     if code != 0:

@@ -87,9 +87,12 @@ def serve(kind, num_clients, port):
         initial = ndarrays_to_parameters(get_arrays(model))
         parts["strategy"] = type("Plain", (Gate, flower.FedAvg), {})(initial_parameters=initial, **numbers)
     else:
+        from plumbing.laptop.asking import Absences
         from plumbing.laptop.door import start_server
+        from plumbing.laptop.ending import Run
         from plumbing.laptop.record import Record
         from plumbing.laptop.registry import Registry
+        from plumbing.laptop.rounds import Target
         from plumbing.laptop.wandb_run import start_wandb
 
         import server
@@ -103,7 +106,9 @@ def serve(kind, num_clients, port):
         record = Record(model, path, about=about, on_saved=[curves.log_round])
         strategy = ours(model, record=record, **numbers)
         clients = Registry(num_clients, task)
-        parts["server"] = server.Server(clients, strategy, num_clients)
+        absences = Absences(map(str, range(num_clients)), curves.watch)
+        run = Run(clients, strategy, curves, None, None)
+        parts["server"] = server.Server(run, num_clients, None, Target(), absences)
     (parts["strategy"] if kind != "ours" else parts["server"].strategy).gate_before = memory_of("self", "VmRSS")
     start_server(server_address=f"127.0.0.1:{port}", config=ServerConfig(num_rounds=MANY), **parts)
 

@@ -120,14 +120,18 @@ def test_address_of_a_stranger():
     assert {name: door.address_of(name) for name in names} == names
 
 
-def test_files_that_a_server_may_open_are_raised_to_the_most():
+def test_files_that_a_server_may_open_are_raised_to_the_most(monkeypatch):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
         assert door.raise_file_limit() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(before[1], 2**16)
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))  # as many as it may already
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: None)
+        assert door.raise_file_limit() == 512
     finally:
+        monkeypatch.undo()
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 

@@ -4,10 +4,11 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 from libs import UserError
 from plumbing.laptop import rounds
-from plumbing.laptop.start import count_fits
+from plumbing.laptop.start import count_clients
 
 import numpy as np
 import pandas as pd
@@ -248,4 +249,5 @@ def test_option_that_cannot_work_is_refused_before_anything_is_touched(tiny, arg
     [(1, 7, 7), (0.5, 5, 2), (0.29, 100, 29), (0.1, 4, 1), (0.7, 10, 7), (0.34, 3, 1)],
 )
 def test_fraction_is_rounded_down_to_at_least_one(fraction, num_clients, expected):
-    assert count_fits(fraction, num_clients) == expected
+    args = SimpleNamespace(num_clients=num_clients, min_clients=None, fraction_fit=fraction, strategy="FedAvg")
+    assert count_clients(args, None, 1) == expected

@@ -11,7 +11,7 @@ from helpers import ROOT
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 INSIDES = (
-    ("flwr.server.compat.app", "start_grid", "laptop/flower: the rounds on Flower's engines"),
+    ("flwr.server.compat.app", "start_grid", "laptop/nodes: the rounds on Flower's engines"),
     ("flwr.server.compat.grid_client_proxy", "GridClientProxy", "laptop/nodes: a SuperNode"),
     ("flwr.client", "ClientApp", "client.py: the app"),
     ("flwr.server", "ServerApp", "server.py: the app"),

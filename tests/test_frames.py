@@ -88,10 +88,10 @@ def test_both_prove_that_they_know_the_secret_and_then_train():
     client = RemoteClient(Line(session.answer), shake_hands(Line(session.answer)), Sender())
     assert client.properties["board"] == "a Pi" and client.properties["num_fit"] == 8
     assert session.proved and session.ticket == "0" * 64 and device.trained == 0
-    res = client.fit(FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1, "lr": 0.5}), None, 1)
+    res = client.ask("fit", FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1, "lr": 0.5}), None)
     assert (res.num_examples, device.trained) == (8, 1) and res.metrics.items() >= FIGURES.items()
     assert res.parameters == ndarrays_to_parameters(ARRAYS)
-    assert client.evaluate(EvaluateIns(res.parameters, {}), None, 1).loss == 1.0
+    assert client.ask("evaluate", EvaluateIns(res.parameters, {}), None).loss == 1.0
 
 
 def test_relay_between_two_channels_fails_and_on_one_it_does_not():
@@ -234,8 +234,8 @@ def answers_of(device):
         return heard[decode(frame)[0]["kind"]]
 
     client = RemoteClient(Line(answer), shake_hands(Line(answer), None), Sender())
-    client.fit(FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1}), None, 1)
-    client.evaluate(EvaluateIns(ndarrays_to_parameters(ARRAYS), {}), None, 1)
+    client.ask("fit", FitIns(ndarrays_to_parameters(ARRAYS), {"round": 1}), None)
+    client.ask("evaluate", EvaluateIns(ndarrays_to_parameters(ARRAYS), {}), None)
     client.is_alive()
     return heard
 
@@ -269,7 +269,7 @@ def test_server_takes_no_harm_from_devices_that_were_let_in(capsys):
         client.proxy = Line(lambda frame, kind=kind: mutate(rng, right[kind]))
         ins = (FitIns if kind == "fit" else EvaluateIns)(parameters, {})
         try:
-            res = getattr(client, kind)(ins, None, 1)
+            res = client.ask(kind, ins, None)
             with contextlib.suppress(Rejected):
                 getattr(checks, f"check_{kind}")(client, res)
             counts["kept"] += 1

@@ -69,12 +69,12 @@ def test_client_says_what_it_runs_on(tiny):
     ],
 )
 def test_automatic_limit_is_three_times_what_is_usual_for_the_client(seconds, limit):
-    questions = asking.Questions(auto_timeout=True)
+    questions = asking.Questions("auto", None)
     questions.seconds["fit", "3"] = list(seconds)
     questions.seconds["fit", "4"] = [1000.0] * 9  # another client
     questions.seconds["evaluate", "3"] = [1000.0] * 9  # another question
-    assert questions.limit("fit", "3", None) == limit
-    assert asking.Questions().limit("fit", "3", 7.0) == 7.0
+    assert questions.limit("fit", "3") == limit
+    assert asking.Questions(7.0, None).limit("fit", "3") == 7.0
 
 
 def clients_csv(suite):

@@ -793,10 +793,11 @@ def test_it_runs_under_flowers_own_server_too(tmp_path):
 
 def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_again(tmp_path, capsys, monkeypatch):
     """Each round's devices make of the model n the model n + 1; some of their tests fail."""
-    from plumbing.laptop.rounds import Hopeless, Target
+    from plumbing.laptop.asking import Absences
+    from plumbing.laptop.ending import Hopeless, Run
+    from plumbing.laptop.rounds import Target
 
     from flwr.server import SimpleClientManager
-    from flwr.server.client_proxy import ClientProxy
 
     from server import Server
 
@@ -804,16 +805,13 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     monkeypatch.setattr(Record, "draw", lambda self: None)  # half of the time
     monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
-    class Trainer(ClientProxy):
-        def fit(self, ins, timeout, group_id):
+    class Trainer(Proxy):
+        def ask(self, method, ins, timeout):
+            if method == "evaluate":
+                return evaluate_result(self.cid)[1]
             arrays = parameters_to_ndarrays(ins.parameters)
             started.append(int(arrays[6]))  # layer1.1.num_batches_tracked
             return fit_result(self.cid, [array + 1 for array in arrays])[1]
-
-        def evaluate(self, ins, timeout, group_id):
-            return evaluate_result(self.cid)[1]
-
-        get_properties = get_parameters = reconnect = None
 
     class Clients(SimpleClientManager):
         def wait_for_round(self, min_clients, check):
@@ -831,7 +829,7 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
         def __len__(self):
             return 1
 
-    def run(name, bad, **options):
+    def run(name, bad, target=None):
         started.clear()
         manager, rows = Clients(), []
         manager.register(Trainer("0"))
@@ -842,7 +840,8 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
         kept = Record(model, path, test=test, on_saved=[lambda row, clients: rows.append(row)])
         strategy = FedAvg(model, record=kept, **enough)
         try:
-            Server(manager, strategy, **options).fit(5, None)
+            parts = Run(manager, strategy, None, None, None)
+            Server(parts, 1, None, Target(target), Absences((), lambda *told: None)).fit(5, None)
         finally:
             strategy.close()
         return [row["round"] for row in rows], torch.load(path, weights_only=True)
@@ -855,7 +854,7 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
     for current in (3, 5):
         line = f"the test_loss of round {current} is nan: its model is not kept; the round is run again\n"
         assert out.count(line) == 1
-    assert run("target", [2, 4], target=Target(0.0))[0] == [1, 2, 3]
+    assert run("target", [2, 4], target=0.0)[0] == [1, 2, 3]
     with pytest.raises(Hopeless, match="round 3 is nan.* 5 times .*rounds 1 to 2 are saved"):
         run("always", range(3, 100))
     assert torch.load(tmp_path / "always/server.ptl", weights_only=True)["round"] == 2

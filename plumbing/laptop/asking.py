@@ -13,8 +13,6 @@ import traceback
 from plumbing.laptop.registry import POLL
 from plumbing.laptop.remote import ClientFailure
 
-from flwr.common import Code
-
 LEAST_TIMEOUT = 30  # seconds that --round_timeout auto leaves a client at least
 LEAST_PATIENCE = 60  # seconds that a client may be away at least before someone is told
 LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
@@ -23,16 +21,16 @@ LAST_ANSWERS = 9  # of a client, or rounds, whose median is what is usual
 class Questions:
     """Puts the questions of a round to all clients at the same time.
 
-    auto_timeout: whether a client's time is limited by its own last answers, instead of by `timeout`.
+    timeout: seconds that a client may take to answer; "auto": by its own last answers; None: no limit.
     check: called every POLL seconds, to raise what should end the waiting.
     """
 
-    def __init__(self, auto_timeout=False, check=None):
-        self.auto_timeout, self.check = auto_timeout, check
+    def __init__(self, timeout, check):
+        self.timeout, self.check = timeout, check
         self.seconds = collections.defaultdict(list)  # that a client's answers took, by (method, cid)
 
-    def ask(self, method, instructions, timeout, current):
-        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure or (client, answer), …]).
+    def ask(self, method, instructions):
+        """Ask all clients at the same time: ([(client, its answer), …], [ClientFailure, …]).
 
         Each question has a thread, which sleeps: an answer takes as long as the client trains, and a pool of fewer
         threads than clients would have some devices wait for others.
@@ -41,12 +39,12 @@ class Questions:
 
         def ask_one(client, ins, limit):
             try:
-                answers.put((client, (client, getattr(client, method)(ins, limit, current))))
+                answers.put((client, client.ask(method, ins, limit)))
             except Exception as error:
                 answers.put((client, error))
 
         for client, ins in instructions:
-            args, name = (client, ins, self.limit(method, client.cid, timeout)), f"{method} {client.cid}"
+            args, name = (client, ins, self.limit(method, client.cid)), f"{method} {client.cid}"
             threading.Thread(target=ask_one, args=args, name=name, daemon=True).start()
         results, failures = [], []
         while waiting:
@@ -56,20 +54,20 @@ class Questions:
             except queue.Empty:
                 continue
             waiting.remove(client)
-            if isinstance(answer, tuple) and answer[1].status.code == Code.OK:
-                self.seconds[method, client.cid].append(time.monotonic() - started)
-                results.append(answer)
-            else:
-                if not isinstance(answer, (tuple, ClientFailure)):  # an error of ours
+            if isinstance(answer, Exception):
+                if not isinstance(answer, ClientFailure):  # an error of ours
                     traceback.print_exception(answer)
                 failures.append(answer)
+            else:
+                self.seconds[method, client.cid].append(time.monotonic() - started)
+                results.append((client, answer))
         return results, failures
 
-    def limit(self, method, cid, timeout):
-        """Return the seconds that a client has to answer, None for no limit: `timeout`, or by its own last answers."""
+    def limit(self, method, cid):
+        """Return the seconds that a client has to answer, None for no limit."""
+        if self.timeout != "auto":
+            return self.timeout
         seconds = self.seconds[method, cid][-LAST_ANSWERS:]
-        if not self.auto_timeout:
-            return timeout
         return max(LEAST_TIMEOUT, 3 * statistics.median(seconds)) if len(seconds) >= 3 else None
 
 
@@ -79,7 +77,7 @@ class Absences:
     tell: called as Curves.watch is.
     """
 
-    def __init__(self, cids, tell=lambda current, missing, clients: None):
+    def __init__(self, cids, tell):
         self.cids, self.tell = set(cids), tell
         self.rounds = collections.Counter()  # finished ones in a row without the client, by cid
         self.seconds = collections.deque(maxlen=LAST_ANSWERS)  # that the last finished rounds took

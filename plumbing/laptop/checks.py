@@ -31,7 +31,7 @@ def is_number(value):
 
 
 def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
-    """Return the numbers under `names`, and the telemetry that can be true (odd_telemetry), as floats.
+    """Return the numbers under `names`, and the telemetry that can be true, as floats.
 
     Raises Rejected if the device reports an error, a number is missing or not finite, a loss is negative, or an
     accuracy is not in 0..1.
@@ -46,19 +46,13 @@ def check_metrics(metrics: dict, names: tuple[str, ...]) -> dict[str, float]:
             raise Rejected(f"metric {name} is {printable(value)}, not a finite number")
         if not 0 <= value <= most:
             raise Rejected(f"metric {name} is {printable(value)}, not in 0..{most}")
-    odd = odd_telemetry(metrics)
-    telemetry = [name for name in TELEMETRY if name in metrics and name not in odd]
+    telemetry = [name for name in TELEMETRY if name in metrics and is_possible(name, metrics[name])]
     return {name: float(metrics[name]) for name in (*names, *telemetry)}
 
 
-def odd_telemetry(metrics: dict) -> dict:
-    """Return the telemetry in `metrics` that is no number or outside the range in TELEMETRY: {name: value}."""
-    odd = {}
-    for name, (low, high) in TELEMETRY.items():
-        value = metrics.get(name, low)
-        if not (is_number(value) and low <= value <= high):
-            odd[name] = value
-    return odd
+def is_possible(name, value):
+    low, high = TELEMETRY[name]
+    return is_number(value) and low <= value <= high
 
 
 def size_of(client, name):
@@ -119,25 +113,6 @@ def reaches(sent: list[np.ndarray], weights: list[bool], steps: int, lr: float |
     norms = [largest(array) for array, weight, is_float in zip(sent, weights, floats) if is_float and not weight]
     norm = 1000 * max([1.0, *norms]) * max(1, reach) * max(1, reach)  # ** 2 would raise OverflowError
     return [reach if weight else norm if is_float else batches for weight, is_float in zip(weights, floats)]
-
-
-def find_outliers(changes: list[list[float]], reaches: list[float]) -> dict[int, tuple[int, float, float]]:
-    """Find the clients that changed an array by more than its reach and by more than FAR times the others' median.
-
-    `changes` has a list per client: the largest change of a value in each array. Returns {index of the client: (index
-    of the array, its change, the most that is allowed)}. Of an even number of others the lower middle counts: of three
-    clients, one liar does not cover another.
-    """
-    found = {}
-    for index, own in enumerate(changes):
-        for place, (change, bound) in enumerate(zip(own, reaches)):
-            others = [changed[place] for changed in changes[:index] + changes[index + 1 :]] if change > bound else []
-            if others:
-                bound = max(bound, FAR * statistics.median_low(others))
-            if change > bound:
-                found[index] = place, change, bound
-                break
-    return found
 
 
 class Checks:
@@ -216,25 +191,38 @@ class Checks:
             except Rejected as reason:
                 self._drop(server_round, client.cid, reason)
                 continue
-            for name, value in odd_telemetry(res.metrics).items():
-                if (client.cid, name) not in self.odd:
+            for name, (low, high) in TELEMETRY.items():
+                value = res.metrics.get(name, low)
+                if not is_possible(name, value) and (client.cid, name) not in self.odd:
                     self.odd.add((client.cid, name))
-                    low, high = TELEMETRY[name]
                     say(f"cid {client.cid}: its {name} is left out: {printable(value)} is not in {low:g}..{high:g}")
         return kept
 
     def _outliers(self, kept, sent, config):
-        """Return {index in `kept`: reason} of the results with a value far outside what this round can do."""
-        own = self.norms if config.get("fedbn") else ()  # stays on the device, and may be far from the mean
+        """Return {index in `kept`: reason} of the results with an array far outside what this round can do.
+
+        That is a change of more than its reach, and than FAR times the others' median. Of an even number of others the
+        lower middle counts: of three clients, one liar does not cover another.
+        """
+        private = self.norms if config.get("fedbn") else ()  # stays on the device, and may be far from the mean
         names = [name for name, _, _ in self.expected]
-        weights = [weight and name not in own for name, weight in zip(names, self.weights)]
+        weights = [weight and name not in private for name, weight in zip(names, self.weights)]
         most_images = max((res.num_examples for _, res in kept), default=1)
         steps = config.get("num_epochs", 1) * math.ceil(most_images / self.batch_size)
         pairs = [zip(res.parameters, sent) for _, res in kept]
         changes = [[largest(np.subtract(now, before, dtype=np.float64)) for now, before in pair] for pair in pairs]
-        outliers = find_outliers(changes, reaches(sent, weights, steps, config.get("lr")))
-        text = "array {} has changed by {:.2g}, far outside the {:.2g} of this round"
-        return {index: text.format(names[place], *numbers) for index, (place, *numbers) in outliers.items()}
+        bounds, outliers = reaches(sent, weights, steps, config.get("lr")), {}
+        for index, own in enumerate(changes):
+            for place, (name, change, bound) in enumerate(zip(names, own, bounds)):
+                if change <= bound:
+                    continue
+                others = [changed[place] for changed in changes[:index] + changes[index + 1 :]]
+                bound = max(bound, FAR * statistics.median_low(others or [0]))
+                if change > bound:
+                    usual = f"far outside the {bound:.2g} of this round"
+                    outliers[index] = f"array {name} has changed by {change:.2g}, {usual}"
+                    break
+        return outliers
 
     def _drop(self, server_round, cid, reason):
         self.reasons[cid] = str(reason)

@@ -35,26 +35,6 @@ SERVER_OPTIONS = [
 ]
 
 
-class Places:
-    """The places of the strangers: {stream: its address}."""
-
-    def __init__(self):
-        self.taken, self.lock = {}, threading.Lock()
-
-    def take(self, stream, address):
-        """Give the stream a place, and return whether there was one."""
-        with self.lock:
-            mine = sum(other == address for other in self.taken.values())
-            free = len(self.taken) < PLACES and mine < PER_ADDRESS
-            if free:
-                self.taken[stream] = address
-            return free
-
-    def leave(self, stream):
-        with self.lock:
-            self.taken.pop(stream, None)
-
-
 class Door(grpc.GenericRpcHandler):
     """Lets streams in, to be handed to the registry.
 
@@ -64,7 +44,8 @@ class Door(grpc.GenericRpcHandler):
 
     def __init__(self, registry, channel):
         self.registry, self.channel = registry, channel
-        self.places, self.passes, self.lock = Places(), {}, threading.Lock()
+        self.strangers, self.passes = {}, {}  # {stream: its address}; the nonces of those used, oldest first
+        self.lock = threading.Lock()
 
     def service(self, handler_call_details):
         """Be called by gRPC: return who handles a stream to this method."""
@@ -76,14 +57,27 @@ class Door(grpc.GenericRpcHandler):
 
     def join(self, messages, context):
         """Be called by gRPC in a thread of its pool, for each stream: yield what the device is sent."""
-        stream = Stream(context, lambda: self.places.leave(stream), self.channel)
+        stream = Stream(context, lambda: self.leave(stream), self.channel)
         known = self.knows(dict(context.invocation_metadata()).get("pass", ""))
-        if not known and not self.places.take(stream, address_of(context.peer())):
+        if not known and not self.take_place(stream, address_of(context.peer())):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many strangers")
         if context.add_callback(stream.end):
             self.registry.register(stream)
             yield from stream.carry(messages)
         stream.end()
+
+    def take_place(self, stream, address):
+        """Give a stranger a place, and return whether there was one."""
+        with self.lock:
+            mine = sum(other == address for other in self.strangers.values())
+            free = len(self.strangers) < PLACES and mine < PER_ADDRESS
+            if free:
+                self.strangers[stream] = address
+            return free
+
+    def leave(self, stream):
+        with self.lock:
+            self.strangers.pop(stream, None)
 
     def knows(self, text):
         """Return whether the text is a pass (proof.make_pass) that was not used before."""
@@ -117,10 +111,8 @@ def raise_file_limit():
     try:
         import resource  # not on Windows
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
-        if soft == resource.RLIM_INFINITY or soft >= most:
-            return 2**16
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return most
     except (ImportError, ValueError, OSError):

@@ -1,47 +1,89 @@
-"""How a run ends: the clients are told, finished rounds are saved, the curves completed; and the exit code."""
+"""How a run ends, from Ctrl-C to the exit code.
+
+1. common/process.on_signal calls Run.stop in a thread of its own; it notes the signal.
+2. The main thread, wherever it waits for clients or for the record, calls Run.check every POLL seconds, which raises
+   Stopped. So it ends in Run.train, as it does after the last round and after any error: the clients are told, finished
+   rounds are saved, the curves completed.
+3. server.main returns train's exit code to run_script (common/process), which ends the process at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
+import time
 import traceback
 
 from plumbing.common.process import UserError, printable, say
 from plumbing.laptop.curves import Curves
 from plumbing.laptop.record import Diverged
-from plumbing.laptop.rounds import Hopeless, Rounds, Stopped
+from plumbing.laptop.registry import Clients
 from plumbing.laptop.screen import Progress, show_end
 
-from flwr.server import ServerConfig
+
+class Stopped(Exception):
+    """A signal asked the server to stop."""
+
+
+class Hopeless(Exception):
+    """A round fails again and again, for reasons that do not pass by themselves."""
 
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run, to be kept until its end."""
+    """The parts of a run that are needed at its end. `lock` is kept until then."""
 
-    server: Rounds
-    config: ServerConfig
+    registry: Clients
+    strategy: object  # of strategies.py
     curves: Curves
     progress: Progress
     lock: object
+    signum: int | None = None  # of the signal that asked the server to stop
+    stopped: float = 0.0  # when it came
+    error: BaseException | None = None  # what else ended the run early
 
     @property
     def next_round(self):
-        return len(self.server.strategy.record.history.rows) + 1
+        return len(self.strategy.record.history.rows) + 1
 
     def stop(self, signum):
-        """Be called with each signal (process.on_signal): take the bar away, and have the server stop."""
+        """Note a signal, and take the bar away. A second Ctrl-C, more than a second later, ends the process at once."""
         self.progress.close()
-        self.server.stop(signum)
+        if self.signum is None:
+            self.signum, self.stopped = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
+            os._exit(128 + signum)
+
+    def check(self):
+        """Raise what should end the training early: a signal, or a failure of the record."""
+        if self.signum is not None:
+            raise Stopped
+        self.strategy.record.check()
 
     def train(self, start):
         """Call `start`, which runs the rounds, then complete what belongs to them. Return the exit code."""
-        code = run_server(self.server, start)
+        code = 0
+        try:
+            start()
+        except Stopped:
+            say(f"stopping ({signal.Signals(self.signum).name}; Ctrl-C again exits at once)")
+        except SystemExit as end:  # Flower's own way out, on its engines
+            code = end.code or 128 + signal.SIGTERM
+        except BaseException as error:
+            self.error, code = error, fail(error)
+        self.registry.close({"why": "stopped", "text": "the server stopped before the last round"})
+        try:
+            self.strategy.close()
+        except BaseException as error:
+            self.error, code = self.error or error, code or fail(error)
+        if self.signum is not None:
+            code = 128 + self.signum
         self.progress.close()
-        record, server = self.server.strategy.record, self.server
+        record = self.strategy.record
         if code:
-            why = server.error or (server.signum and signal.Signals(server.signum).name) or f"exit code {code}"
+            why = self.error or (self.signum and signal.Signals(self.signum).name) or f"exit code {code}"
             text = f"{record.about['dataset']}, after round {len(record.history.rows)}: {printable(why)}"
             self.curves.alert("the run ended early", text)
         show_results(record, self.curves)
@@ -54,27 +96,6 @@ def show_results(record, curves):
     """Send and print the results of a closed record."""
     curves.finish(record.models(), record.mistakes, record.about["classes"])
     show_end(record)
-
-
-def run_server(server, start):
-    """Call `start`, which runs the rounds up to the last or what ends them early; save them. Return the exit code."""
-    code = 0
-    try:
-        start()
-    except Stopped:
-        say(f"stopping ({signal.Signals(server.signum).name}; Ctrl-C again exits at once)")
-    except SystemExit as end:  # Flower's own way out, on its engines
-        code = 1 if isinstance(end.code, str) else end.code or 128 + signal.SIGTERM
-        if isinstance(end.code, str):
-            say(f"server.py: {end.code}", sys.stderr)
-    except BaseException as error:
-        server.error, code = error, fail(error)
-    server.registry.close({"why": "stopped", "text": "the server stopped before the last round"})
-    try:
-        server.strategy.close()
-    except BaseException as error:
-        server.error, code = server.error or error, code or fail(error)
-    return code if server.signum is None else 128 + server.signum
 
 
 def fail(error):

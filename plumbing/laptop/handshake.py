@@ -54,24 +54,23 @@ def make_ready(stream, about: dict, task: dict, ticket: str) -> dict:
     return client
 
 
-def check_client(client: dict, num_clients: int, task: dict, unknown: str = "unknown") -> None:
+def check_client(client: dict, num_clients: int, task: dict) -> None:
     """Raise TurnedAway if a client that has said all of itself at once may not take part.
 
     task: what the client must have like the server: dataset, channels, num_classes, net, fingerprint, trial,
         dataset_id (None: any), and sizes, {cid: (num_fit, num_eval)} or None.
-    unknown: what one without a cid is called.
     """
-    check(why_not_client(client, num_clients, task["dataset"]), client, unknown)
-    check(why_not_ready(client, client["cid"], task), client, unknown)
+    check(why_not_client(client, num_clients, task["dataset"]), client)
+    check(why_not_ready(client, client["cid"], task), client)
 
 
-def check(reason, client, unknown="unknown"):
+def check(reason, client):
     """Raise TurnedAway if there is a reason; name both versions if they differ."""
     if reason is not None:
-        cid, version = client.get("cid"), printable(client.get("version", "of no version"), 20)
-        if cid is not None and version != VERSION:
+        version = printable(client.get("version", "of no version"), 20)
+        if "cid" in client and version != VERSION:
             reason += f" ({describe_versions(version, VERSION)})"
-        raise TurnedAway(reason, unknown if cid is None else printable(cid, 20))
+        raise TurnedAway(reason, printable(client.get("cid", "unknown"), 20))
 
 
 def name_task(net, dataset_id):

@@ -128,15 +128,15 @@ def describe_client_command(args):
 def check_dates(path, remedy):
     """Raise UserError if the certificate in the file `path` has expired, or is not valid yet."""
     certificate, now = x509.load_pem_x509_certificate(path.read_bytes()), datetime.datetime.now(datetime.UTC)
-    for date, problem in (
-        (certificate.not_valid_after_utc, "has expired" if certificate.not_valid_after_utc < now else None),
-        (certificate.not_valid_before_utc, "is not valid yet" if certificate.not_valid_before_utc > now else None),
-    ):
-        if problem:
-            raise UserError(
-                f"certificate {path} {problem}, by this machine's clock ({date:%Y-%m-%d %H:%M} UTC): {remedy} with "
-                "deploy/make_certificates.sh"
-            )
+    problem, date = "has expired", certificate.not_valid_after_utc
+    if certificate.not_valid_before_utc > now:
+        problem, date = "is not valid yet", certificate.not_valid_before_utc
+    elif date >= now:
+        return
+    raise UserError(
+        f"certificate {path} {problem}, by this machine's clock ({date:%Y-%m-%d %H:%M} UTC): {remedy} with "
+        "deploy/make_certificates.sh"
+    )
 
 
 def read_certificates(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import secrets
 import threading
@@ -53,9 +54,11 @@ class Clients(SimpleClientManager):
     num_clients, task: see laptop/handshake.
     on_join: called with the cid and the properties of each client that is admitted.
     sender: sends parameters (common/wire).
+
+    Each kind has `register`, `close`, and `_is_gone`: whether the connection of a client that joins has ended.
     """
 
-    def __init__(self, num_clients, task, on_join=None, sender=None):
+    def __init__(self, num_clients, task, on_join=lambda cid, properties: None, sender=None):
         super().__init__()
         self.num_clients, self.task = num_clients, task
         self.on_join, self.sender = on_join, sender or Sender()
@@ -78,18 +81,16 @@ class Clients(SimpleClientManager):
                 del self.clients[client.cid]
                 if not self.closed:
                     say(f"cid {client.cid} left")
-            self._cv.notify_all()
         client.close()
 
     def _admit(self, client):
         """Take a client in, and return whether it could be. Raise TurnedAway if another one with its cid is alive."""
-        before = None
+        how = "joined"
         while True:
             with self._cv:
                 if self._is_gone(client) or self.closed:
                     return False
                 other = self.clients.get(client.cid)
-                before = other or before
                 if other is None:
                     self.clients[client.cid] = client
                     if client.cid not in self.seen:  # no round waits longer for a client that comes back
@@ -100,10 +101,10 @@ class Clients(SimpleClientManager):
             if other.is_alive():
                 raise in_use(client, other)
             self.remove(other)
+            how = "is back"
         count = f"({len(self.clients)} of {self.num_clients} clients)"
-        say(f"cid {client.cid} {'is back' if before else 'joined'} {count}: {describe(client.properties)}")
-        if self.on_join is not None:
-            self.on_join(client.cid, client.properties)
+        say(f"cid {client.cid} {how} {count}: {describe(client.properties)}")
+        self.on_join(client.cid, client.properties)
         return True
 
     def sample(self, num_clients, min_num_clients=None, criterion=None):
@@ -132,10 +133,6 @@ class Clients(SimpleClientManager):
             if missing and missing != self.without:
                 say(f"continuing without cid {missing} (--min_clients {min_clients})")
             self.without = missing
-
-    def _is_gone(self, client):
-        """Return whether the connection of a client that is to be admitted has ended."""
-        raise NotImplementedError
 
     def _say_reason(self, reason, key=None):
         """Print why a client was turned away, unless that, or the same `key`, was said lately. Return whether it is."""
@@ -200,16 +197,8 @@ class Registry(Clients):
                 return
             self.closed, self.notice = True, notice
             clients = list(self.clients.values())
-        say_goodbye(clients, notice)
-
-
-def say_goodbye(clients, notice):
-    """Send all clients away at the same time."""
-    threads = [threading.Thread(target=client.say_goodbye, args=(notice,), daemon=True) for client in clients]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        with concurrent.futures.ThreadPoolExecutor(len(clients) or 1) as pool:  # all at the same time
+            pool.map(lambda client: client.say_goodbye(notice), clients)
 
 
 def in_use(client, other):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 from plumbing.common.frames import FIRST, KEEPALIVE, PING_TIMEOUT, Malformed, most_bytes
 from plumbing.common.process import printable
@@ -12,7 +11,6 @@ from plumbing.laptop.history import TRAFFIC
 from plumbing.laptop.stream import Gone
 
 from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
-from flwr.server.client_proxy import ClientProxy
 
 # The server drops a client that is busy for --round_timeout, or whose gRPC is silent for KEEPALIVE + PING_TIMEOUT; a
 # client does the same (common/frames).
@@ -32,61 +30,29 @@ class ClientFailure(Exception):
         self.cid = cid
 
 
-class Admitted(ClientProxy):
-    """A client that passed the handshake, under its own cid, to which `ask` puts all questions.
+class RemoteClient:
+    """A client of the scripts that passed the handshake, for one question at a time: fit or evaluate.
 
-    proxy: what leads to it: a stream.Stream, or Flower's proxy of a SuperNode.
-    """
-
-    def __init__(self, proxy, properties):
-        super().__init__(str(properties["cid"]))
-        self.proxy, self.properties = proxy, properties
-
-    def ask(self, method, ins, timeout, group_id):
-        """Return the client's answer. Raise ClientFailure if there is none."""
-        raise NotImplementedError
-
-    def get_properties(self, ins, timeout, group_id):
-        return self.ask("get_properties", ins, timeout, group_id)
-
-    def get_parameters(self, ins, timeout, group_id):
-        return self.ask("get_parameters", ins, timeout, group_id)
-
-    def fit(self, ins, timeout, group_id):
-        return self.ask("fit", ins, timeout, group_id)
-
-    def evaluate(self, ins, timeout, group_id):
-        return self.ask("evaluate", ins, timeout, group_id)
-
-    def reconnect(self, ins, timeout, group_id):
-        return self.ask("reconnect", ins, timeout, group_id)
-
-
-class RemoteClient(Admitted):
-    """A client of the scripts, for one question at a time: fit or evaluate.
-
+    proxy: its stream.Stream.
+    properties: what it says of itself, with its cid.
     sender: says how parameters are sent (common/wire).
     """
 
-    def __init__(self, stream, properties, sender):
-        super().__init__(stream, properties)
+    def __init__(self, proxy, properties, sender):
+        self.cid, self.proxy, self.properties = str(properties["cid"]), proxy, properties
         self.sender = sender
         self.held = None  # the wire.Model that it has, as far as its last answer tells
         self.lock = threading.Lock()  # held while it has a question to answer
 
-    def ask(self, method, ins, timeout, group_id):
-        until = None if timeout is None else time.monotonic() + timeout
-        if not self.lock.acquire(timeout=-1 if timeout is None else timeout):
-            raise ClientFailure(self.cid, f"no answer within {timeout:g} s")
-        try:
-            return self._exchange(method, ins, until and max(0, until - time.monotonic()))
-        except (Malformed, ValueError, TypeError) as error:
-            raise ClientFailure(self.cid, f"malformed answer: {printable(error)}") from error
-        except Gone as error:
-            late = until is not None and time.monotonic() >= until
-            raise ClientFailure(self.cid, f"no answer within {timeout:g} s" if late else str(error)) from None
-        finally:
-            self.lock.release()
+    def ask(self, method, ins, timeout):
+        """Return the answer to "fit" or "evaluate" within `timeout` seconds, None: no limit. Raise ClientFailure."""
+        with self.lock:  # is_alive holds it for IDLE seconds at most
+            try:
+                return self._exchange(method, ins, timeout)
+            except (Malformed, ValueError, TypeError) as error:
+                raise ClientFailure(self.cid, f"malformed answer: {printable(error)}") from error
+            except Gone as error:
+                raise ClientFailure(self.cid, str(error)) from None
 
     def _exchange(self, method, ins, timeout):
         """Put the question, and translate its parameters and those of the answer to and from the wire."""

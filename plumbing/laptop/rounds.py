@@ -1,20 +1,14 @@
-"""What ends a run, who is missing, and how long to wait: all of the rounds but the loop, which is in server.py.
-
-From Ctrl-C to the end: common/process.on_signal calls ending.Run.stop, and that Rounds.stop, which notes the signal;
-the main thread raises Stopped (raise_failure) within POLL seconds where it waits for clients, and after a save where it
-waits for the record; laptop/ending tells the clients and saves the finished rounds; run_script ends the process.
-"""
+"""Who is missing, how long to wait, when to stop trying: all of the rounds but the loop, which is in server.py."""
 
 from __future__ import annotations
 
 import collections
-import os
 import re
-import signal
 import time
 
 from plumbing.common.process import say
-from plumbing.laptop.asking import Absences, Questions
+from plumbing.laptop.asking import Questions
+from plumbing.laptop.ending import Hopeless
 from plumbing.laptop.registry import POLL
 from plumbing.laptop.stream import LOST
 
@@ -24,14 +18,6 @@ from flwr.common import ndarrays_to_parameters
 MAX_RETRY_DELAY = 30  # seconds until a round in which nobody trained is run again
 HOPELESS = 5  # times in a row that a round may fail on all clients for the same reason
 LASTING = 3  # rounds in a row that --target_accuracy has to be reached
-
-
-class Stopped(Exception):
-    """A signal asked the server to stop."""
-
-
-class Hopeless(Exception):
-    """A round fails again and again, for reasons that do not pass by themselves."""
 
 
 class Target:
@@ -70,53 +56,38 @@ class Target:
 class Rounds(flwr.server.Server):
     """A server of Flower with its own loop, `run_rounds`, which a subclass has: what that loop needs.
 
-    registry: who takes part (a registry.Registry or Nodes).
+    run: an ending.Run, whose registry says who takes part; its `check` is called wherever this waits.
     min_clients: a round starts without the others after a while (Registry.wait_for_round).
-    auto_timeout: see asking.Questions.
-    target: a Target; None: none.
-    absences: asking.Absences; None: nobody is told who is missing.
+    round_timeout: see asking.Questions.
+    target: a Target.
+    absences: asking.Absences.
+    budget: a budget.Budget; None: all train num_epochs.
     """
 
-    def __init__(self, registry, strategy, min_clients=1, auto_timeout=False, target=None, absences=None):
-        super().__init__(client_manager=registry, strategy=strategy)
-        self.registry, self.min_clients = registry, min_clients
-        self.questions = Questions(auto_timeout, self.raise_failure)
-        self.target, self.absences = target or Target(), absences or Absences(())
-        self.budget = None  # a budget.Budget; None: all train num_epochs
+    def __init__(self, run, min_clients, round_timeout, target, absences, budget=None):
+        super().__init__(client_manager=run.registry, strategy=run.strategy)
+        self.run, self.registry, self.min_clients = run, run.registry, min_clients
+        self.questions = Questions(round_timeout, run.check)
+        self.target, self.absences, self.budget = target, absences, budget
         self.trained = False  # whether any round has succeeded
         self.failed = []  # the lasting reasons for which the current round failed: a set per try
         self.diverged = collections.Counter()  # how often each round has
-        self.signum, self.stopped = None, None  # what asked the server to stop, and when
-        self.error = None  # what else ended it early
 
     def fit(self, num_rounds, timeout):
-        """Be called by start_server and start_grid: run the rounds up to `num_rounds`; `timeout` as in run_rounds."""
+        """Be called by start_server and start_grid: run the rounds up to `num_rounds`."""
         started = time.monotonic()
-        self.run_rounds(num_rounds, timeout)
+        self.run_rounds(num_rounds)
         return flwr.server.History(), time.monotonic() - started
 
     def disconnect_all_clients(self, timeout):
         """Be called after the last round: tell all clients that training is over."""
         self.registry.close({"why": "over"})
 
-    def stop(self, signum):
-        """Note a signal (process.on_signal). A second Ctrl-C, more than a second later, ends the process at once."""
-        if self.signum is None:
-            self.signum, self.stopped = signum, time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self.stopped > 1:
-            os._exit(128 + signum)
-
-    def raise_failure(self):
-        """Raise what should end the training early: a signal, or a failure of the record."""
-        if self.signum is not None:
-            raise Stopped
-        self.strategy.record.check()
-
     def wait_for_clients(self, current):
         """Wait until enough clients are there for the round `current`."""
 
         def check():
-            self.raise_failure()
+            self.run.check()
             self.absences.wait(current, self.registry.clients)
 
         self.absences.mark()
@@ -137,10 +108,9 @@ class Rounds(flwr.server.Server):
             )
         delay = min(2 ** (len(self.failed) - 1), MAX_RETRY_DELAY)
         say(f"round {current}: nobody trained; it is run again in {delay} s")
-        until = time.monotonic() + delay
-        while time.monotonic() < until:
-            self.raise_failure()
-            time.sleep(min(POLL, max(0, until - time.monotonic())))
+        for _ in range(int(delay / POLL)):
+            self.run.check()
+            time.sleep(POLL)
 
     def go_back(self, diverged):
         """Take back the model with which the round that diverged began. Return the number of that round.
@@ -171,7 +141,7 @@ class Rounds(flwr.server.Server):
                 self.strategy.close()
                 say(self.target.describe(current))
                 return True
-            self.raise_failure()
+            self.run.check()
             self.strategy.record.check_tests()
             time.sleep(0.02)
         if current >= num_rounds:
@@ -181,7 +151,7 @@ class Rounds(flwr.server.Server):
     def wait_for_tests(self):
         """Wait until all rounds are tested. Raise Diverged if one of them did not pass."""
         while not self.strategy.record.check_tests():
-            self.raise_failure()
+            self.run.check()
             time.sleep(0.02)
 
 

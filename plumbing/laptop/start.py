@@ -8,7 +8,6 @@ from plumbing.common.files import lock_file
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.split import describe_partition
 from plumbing.common.state import batch_norm_names, float32_weights
-from plumbing.laptop.budget import Budget
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
 from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
@@ -31,14 +30,10 @@ def count_clients(args, shards, least):
     if args.min_clients < least:
         counts = f"--num_clients {args.num_clients} --min_clients {args.min_clients}"
         raise UserError(f"{needs}{counts} allow smaller ones")
-    num_fit = count_fits(args.fraction_fit, args.num_clients)
+    num_fit = max(1, int(args.fraction_fit * args.num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
     if num_fit < least:
         raise UserError(f"{needs}--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_fit}")
     return num_fit
-
-
-def count_fits(fraction, num_clients):
-    return max(1, int(fraction * num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 
 def check_effects(args, model):
@@ -58,11 +53,6 @@ def describe_task(args, info, model, build_net):
         outputs = trial(build_net(args.net, info["channels"], num_classes))
     task = {"dataset": args.dataset, "dataset_id": info["id"], "channels": info["channels"], "sizes": info["sizes"]}
     return {**task, "num_classes": num_classes, "net": args.net, "fingerprint": fingerprint(model), "trial": outputs}
-
-
-def divide_time(args, count_batches, rows):
-    """Return the Budget of --time_budget, None if there is none. For `count_batches` and `rows` see Budget."""
-    return args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, rows)
 
 
 def tell_curves_of_client(curves, num_clients, cid, properties):
@@ -107,8 +97,7 @@ def show_task(args, info, facts, num_parameters):
     """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:
-        how = f"{facts['num_clients']} shards ({describe_partition(facts)})"
-        text += f", {facts['num_train']:,} images in {how}"
+        text += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({describe_partition(facts)})"
         text += f", {facts['num_test']:,} for the test"
     say(f"{text}; {args.net}: {num_parameters:,} parameters")
     if info["num_clients"] not in (None, args.num_clients):
