@@ -9,6 +9,7 @@ Import it before any other package: plumbing sets the variables that these read.
 pandas, wandb, matplotlib) they import themselves.
 """
 
+import gc
 from pathlib import Path
 
 from plumbing.common.images import decode_image, prepare_image
@@ -22,8 +23,11 @@ def __getattr__(name):
     """Import `torch` and `nn` when they are first asked for: partition.py needs neither, and would wait a second."""
     if name not in ("torch", "nn"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    gc.disable()  # none of its thousand modules is garbage, and to search them takes an eighth of a script's start
     import torch
 
+    gc.freeze()
+    gc.enable()
     globals().update(torch=torch, nn=torch.nn)
     return globals()[name]
 
