@@ -15,11 +15,12 @@ from pathlib import Path
 
 from libs import UserError
 from plumbing.common.state import get_arrays, save_checkpoint
-from plumbing.laptop import worker
+from plumbing.laptop import record as record_module
 from plumbing.laptop.curves import as_curves
 from plumbing.laptop.earlier import Earlier, best_of, kept_runs, move_aside, resume
 from plumbing.laptop.history import CLIENT_COLUMNS, FILES, read_history
-from plumbing.laptop.record import Record, Round
+from plumbing.laptop.record import Record
+from plumbing.laptop.saving import Round, patiently
 from plumbing.laptop.screen import describe_clients, show_end
 from plumbing.laptop.wandb_file import logged_steps
 
@@ -74,14 +75,14 @@ def test_shortage_of_files_is_waited_for(tmp_path):
     record.close()
     assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1] and (tmp_path / "server.ptl").exists()
     with pytest.raises(IsADirectoryError):  # which does not pass
-        worker.patiently(os.open, tmp_path, os.O_WRONLY)
+        patiently(os.open, tmp_path, os.O_WRONLY)
 
 
 def test_the_worker_has_a_name_and_is_gone_after_close(tmp_path):
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
     assert "record" in [thread.name for thread in threading.enumerate()]
     record.close()
-    assert not record.worker.thread.is_alive()
+    assert not record.thread.is_alive()
 
 
 def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_path):
@@ -90,14 +91,14 @@ def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_pat
 
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[fail])
     add(record, 1)
-    record.worker.thread.join(10)
+    record.thread.join(10)
     for call in (record.check, lambda: add(record, 2), record.close, record.close):
         with pytest.raises(OSError, match="no space"):
             call()
 
 
 def test_closing_gives_up_on_a_worker_that_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "STALLED", 0.2)
+    monkeypatch.setattr(record_module, "STALLED", 0.2)
     release = threading.Event()
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: release.wait(30)])
     add(record, 1)
@@ -223,11 +224,11 @@ def test_damaged_lines_of_clients_are_left_out_and_said(tmp_path, capsys):
 def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, limit):
     record = record_of(tmp_path, [1])
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", Earlier(tmp_path, read_history(tmp_path, 1)))
-    record.worker.close()
+    record.close()
 
     def save(current):
         row = {"round": current, **FIGURES, "test_accuracy": current / 10}
-        record._save([Round(row, get_arrays(record.model), {"0": {"examples": 24}}, is_sound=True)])
+        record.save([Round(row, get_arrays(record.model), {"0": {"examples": 24}})])
 
     save(2)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
@@ -250,7 +251,7 @@ def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, li
 
 KILL = """
 import os, signal
-from plumbing.laptop import curves, history, record, screen
+from plumbing.laptop import curves, history, record, saving, screen
 record.SAVE_EVERY = 0  # each round by itself, however short
 
 def kill_after(owner, name, when):
@@ -270,8 +271,8 @@ ROUND_3 = {
     "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
     "clients.csv": 'history.Table, "write", lambda self, rows: "cid" in rows[-1] and rows[-1]["round"] >= 3',
     "history.csv": 'history.Table, "write", lambda self, rows: "clients" in rows[-1] and rows[-1]["round"] >= 3',
-    "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
-    "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
+    "server.ptl": 'saving, "save_checkpoint", lambda path, _, about: about["round"] == 3',
+    "best.ptl": 'saving.Files, "_keep_best", lambda self, source: len(self.history.rows) == 3',
     "wandb": 'curves.Curves, "log", lambda self, figures, step: step == 3',
     "screen": 'screen.Progress, "show_round", lambda self, row, clients: row["round"] == 3',
 }

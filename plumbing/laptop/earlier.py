@@ -12,7 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
-from plumbing.common.files import atomic_write, sync_file, sync_folder
+from plumbing.common.files import sync_file, sync_folder
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.state import read_saved
 from plumbing.laptop.history import FILES, read_history
@@ -147,13 +147,6 @@ def best_of(folder, last_round, about):
         if counts and accuracy is not None and accuracy > best:
             best, best_path = accuracy, path
     return best, best_path
-
-
-def keep_best(path, best_path):
-    """Make `path`, best.ptl, a copy of what `best_of` found, unless that is best.ptl itself."""
-    if best_path not in (None, path):
-        with atomic_write(path) as part:
-            shutil.copyfile(best_path, part)
 
 
 def kept_runs(folder):
