@@ -39,7 +39,7 @@ from flwr.server import ServerApp, ServerConfig
 
 from data import count_batches, describe_in_checkpoint, load_test
 from engines import HYPER_PARAMETERS, count_answers, server_test_fn
-from nets import build_net, find_net, load_checkpoint, normalise_input
+from nets import build_net, find_net, normalise_input
 from strategies import STRATEGIES, FedAvg
 
 
@@ -115,7 +115,7 @@ def parse_args(settings=None, ckps=CKPS):
         raise UserError("--allow_new_data goes with --resume")
     if args.resume:
         path = (ckps / args.dataset if args.resume is True else Path(args.resume)) / "server.ptl"
-        earlier = read_args(path, load_checkpoint)
+        earlier = read_args(path)
         earlier = {name: value for name, value in earlier.items() if settings is None or name in settings}
         args = as_before(parser, flags, earlier, path)
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
@@ -211,7 +211,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     # 2. The earlier run, if --resume goes on from one.
     folder = ckps / args.dataset
     lock = start.hold_folder(folder, args.dataset)
-    earlier = resume(find_run(folder, args.resume), model, about, load_checkpoint, args.allow_new_data)
+    earlier = resume(find_run(folder, args.resume), model, about, args.allow_new_data)
     about["resumed_after"] = [*earlier.resumed_after, earlier.last_round] if earlier.rows else []
     if args.fedbn:  # the names of this run and of those before, under which devices keep their batch norm
         about["fedbn"] = f"{secrets.token_hex(8)} {earlier.fedbn}".strip()

@@ -31,7 +31,7 @@ import torch
 from helpers import as_logged, start_patched, wandb_history
 
 import server
-from nets import LeNet5, load_checkpoint
+from nets import LeNet5
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -159,7 +159,7 @@ def record_of(folder, rounds, last_round=0, rows=None):
 
 def go_on(folder):
     """What --resume reads: the rows up to the checkpoint's round."""
-    return resume(folder, LeNet5(1, 2), {"dataset": None}, load_checkpoint).rows
+    return resume(folder, LeNet5(1, 2), {"dataset": None}, False).rows
 
 
 def test_tables_after_a_resume_are_those_of_one_run(tmp_path):
@@ -455,7 +455,7 @@ def test_a_forgotten_resume_loses_nothing_and_what_is_said_can_be_done(tiny):
     assert refused.err == f"server.py: cannot resume from {tiny.root}: there is no server.ptl in it\n"
 
 
-@pytest.mark.parametrize("steps", range(2 * len(FILES) + 1))  # a link and an unlink each, and the renaming
+@pytest.mark.parametrize("steps", range(2 * len(FILES) + 1))  # a copy and an unlink each, and the renaming
 def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
     class Killed(Exception):
         pass
@@ -474,7 +474,7 @@ def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", counted(os.link))
+        patch.setattr(shutil, "copy2", counted(shutil.copy2))
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(Path, "rename", counted(Path.rename))
         with pytest.raises(Killed):
@@ -523,14 +523,14 @@ def test_other_data_is_refused_unless_it_is_allowed(tmp_path, change, reason):
         save_checkpoint(tmp_path / "server.ptl", LeNet5(1, 2), {**old, "round": 1})
         now = {**OLD, **change}
         if reason is None or (old["dataset_id"] is None and "classes" not in change):
-            assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint).rows) == 1
+            assert len(resume(tmp_path, LeNet5(1, 2), now, False).rows) == 1
             continue
         with pytest.raises(UserError, match=f"{reason}.*--allow_new_data"):
-            resume(tmp_path, LeNet5(1, 2), now, load_checkpoint)
-        assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint, allow_new_data=True).rows) == 1
+            resume(tmp_path, LeNet5(1, 2), now, False)
+        assert len(resume(tmp_path, LeNet5(1, 2), now, True).rows) == 1
     for model, dataset in ((LeNet5(1, 3), "D"), (LeNet5(3, 2), "D"), (LeNet5(1, 2), "E")):
         with pytest.raises(UserError) as refused:
-            resume(tmp_path, model, {**OLD, "dataset": dataset}, load_checkpoint, allow_new_data=True)
+            resume(tmp_path, model, {**OLD, "dataset": dataset}, True)
         assert "--allow_new_data" not in str(refused.value)
 
 
@@ -545,16 +545,16 @@ def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys)
     damaged[len(damaged) // 2] ^= 0x40
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"server.ptl: it is damaged.*of round 2, first: cp ") as refused:
-        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
+        resume(tmp_path, LeNet5(1, 2), about, False)
     subprocess.run(str(refused.value).split("first: ")[1], shell=True, check=True)
-    rows = resume(tmp_path, LeNet5(1, 2), about, load_checkpoint).rows
+    rows = resume(tmp_path, LeNet5(1, 2), about, False).rows
     assert [row["test_accuracy"] for row in rows] == [0.5, 0.75]
     (tmp_path / "best.ptl").write_bytes(damaged)
     assert best_of(tmp_path, 2, about) == (0.75, path)
     assert "best.ptl is not used: it is damaged" in capsys.readouterr().out
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="server.ptl: it is damaged") as refused:
-        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
+        resume(tmp_path, LeNet5(1, 2), about, False)
     assert "cp " not in str(refused.value)
 
 
