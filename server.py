@@ -222,7 +222,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         say(f"{folder / 'server.ptl'} {over}")
 
     # 3. The parts: each round goes from the clients in the registry through server and strategy into the record.
-    curves = start.start_curves(args, datasets / args.dataset, info, model, earlier, needed=not over)
+    curves = start.start_curves(args, info, model, earlier, needed=not over)
     tester = GlobalTest(functools.partial(server_test_fn, {"test": test}), functools.partial(count_answers, test))
     record = Record(model, folder / "server.ptl", earlier, tester, {**about, "wandb_run_id": curves.run.id})
     if over:

@@ -289,7 +289,7 @@ def save_arrays(archive, folder):
     from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
-    splits = read_cifar(Archive(Path(archive)), None).splits
+    splits = read_cifar(Archive(Path(archive), None), None).splits
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():

@@ -273,7 +273,7 @@ ROUND_3 = {
     "history.csv": 'history.Table, "write", lambda self, rows: "clients" in rows[-1] and rows[-1]["round"] >= 3',
     "server.ptl": 'saving, "save_checkpoint", lambda path, _, about: about["round"] == 3',
     "best.ptl": 'saving.Files, "_keep_best", lambda self, source: len(self.history.rows) == 3',
-    "wandb": 'curves.Curves, "log", lambda self, figures, step: step == 3',
+    "wandb": 'curves.Curves, "log_round", lambda self, row, clients: row["round"] == 3',
     "screen": 'screen.Progress, "show_round", lambda self, row, clients: row["round"] == 3',
 }
 RISING = """

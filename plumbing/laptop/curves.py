@@ -62,7 +62,7 @@ class Curves:
         self.failed = False
         self.last_step = None  # the last that was logged here: the one that can still be added to
         self.alerted = {}  # when the last alert for a device was sent
-        with contextlib.suppress(Exception):  # as in log
+        with contextlib.suppress(Exception):  # as in log_round
             run.define_metric("*", step_metric="round")
             for name in SECTIONS:  # drawn once, in its section; the flat name is for the table of runs and old charts
                 best = {"test_accuracy": "max", "test_loss": "min"}.get(name)
@@ -78,20 +78,17 @@ class Curves:
             say(f"curves: {len(missing)} of the rounds {first} to {last} were missing, and are sent from history.csv")
 
     def log_round(self, row, clients):
-        self.log(as_curves(row, clients), step=row["round"])
-
-    def log(self, figures, step):
         try:
-            self.run.log(figures, step=step)
-            self.last_step = step
+            self.run.log(as_curves(row, clients), step=row["round"])
+            self.last_step = row["round"]
         except Exception as error:  # its process has died; all figures are in history.csv
             if not self.failed:
-                say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
+                say(f"curves: Weights & Biases fails from round {row['round']} on: {printable(error)}")
             self.failed = True
 
     def log_client(self, cid, facts):
         """Put what a client runs on into the run's config."""
-        with contextlib.suppress(Exception):  # as in log
+        with contextlib.suppress(Exception):  # as in log_round
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 
     def show_split(self, split, classes):
@@ -115,7 +112,7 @@ class Curves:
                 self.alert(f"cid {cid}: {trouble}", f"{self.run.name}, round {current}: cid {cid}: {trouble}")
 
     def alert(self, title, text):
-        with contextlib.suppress(Exception):  # as in log
+        with contextlib.suppress(Exception):  # as in log_round
             self.run.alert(title[:63], text, level="WARN", wait_duration=ALERT_EVERY)
 
     def finish(self, models=None, mistakes=None, classes=None):
@@ -141,7 +138,7 @@ class Curves:
 
 
 def in_time(act):
-    """Call `act(wandb)`, and wait for it REPLY seconds at most. What it raises is lost, as in Curves.log."""
+    """Call `act(wandb)`, and wait for it REPLY seconds at most. What it raises is lost, as in Curves.log_round."""
 
     def run():
         import wandb

@@ -61,7 +61,7 @@ class Record(Files):
         self.sound = earlier.last_round, get_arrays(model)  # the newest that passed its test, or the one to start from
         self.diverged = None  # the first that did not
         self.error = None  # what ended the thread
-        self.waiting, self.closed = queue.Queue(BACKLOG), False  # Rounds to test; None: the end
+        self.waiting, self.closed = queue.Queue(), False  # Rounds to test; None: the end
         self.turns = 0  # of the thread's loop: the sign of life
         self.thread = threading.Thread(target=self._run, name="record", daemon=True)
         self.thread.start()
@@ -73,8 +73,12 @@ class Record(Files):
         """
         if self.closed:
             raise RuntimeError("the record is closed")
+        self.check()
+        while self.waiting.unfinished_tasks >= BACKLOG:
+            time.sleep(0.01)
+            self.check()
         traffic = {name: sum(figures.get(name, math.nan) for figures in clients.values()) for name in TRAFFIC}
-        self._put(Round({**dict.fromkeys(COLUMNS, math.nan), **traffic, **row}, arrays, clients))
+        self.waiting.put(Round({**dict.fromkeys(COLUMNS, math.nan), **traffic, **row}, arrays, clients))
 
     def check(self) -> None:
         """Raise what failed in the thread, if anything did."""
@@ -104,7 +108,7 @@ class Record(Files):
         """
         if not self.closed:
             self.closed = True
-            self._put(None)
+            self.waiting.put(None)
         while self.thread.is_alive():
             before = self.turns
             self.thread.join(STALLED)
@@ -112,14 +116,6 @@ class Record(Files):
                 raise TimeoutError(f"the record hangs: no progress for {STALLED} s")
         self.check()
         self.check_tests()
-
-    def _put(self, finished):
-        while self.thread.is_alive():
-            try:
-                return self.waiting.put(finished, timeout=0.5)
-            except queue.Full:
-                continue
-        self.check()
 
     def _run(self):
         tested, due, ended = [], 0.0, False

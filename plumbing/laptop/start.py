@@ -11,7 +11,7 @@ from plumbing.common.state import batch_norm_names, count_parameters, float32_we
 from plumbing.laptop.budget import Budget
 from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
-from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
+from plumbing.laptop.wandb_run import describe_code, start_wandb
 
 MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for wandb
 
@@ -86,24 +86,25 @@ def hold_folder(folder, dataset):
     return lock
 
 
-def start_curves(args, folder, info, model, earlier, needed):
+def start_curves(args, info, model, earlier, needed):
     """Return the Curves of the run; print what is trained on what, if rounds are `needed`.
 
-    folder, info: the dataset's, and what it is (data.describe_dataset). earlier: the earlier.Earlier that goes on.
+    info: of the dataset (data.describe_dataset). earlier: the earlier.Earlier that goes on.
     """
-    facts = describe_data(folder)
-    config = {**plain_args(args), "data": facts, **describe_code()}
+    facts = {name: value for name, value in info["written"].items() if name not in ("shards", "test", "split")}
+    config = {**plain_args(args), "data": facts, **describe_code()}  # no digests, no table of the split
     curves, where = start_wandb(args.dataset, earlier.run_id, config, earlier.rows, needed=needed)
     if needed:
-        show_task(args, info, facts, count_parameters(model))
+        show_task(args, info, count_parameters(model))
     say(where)
     curves.show_split(info["split"], info["classes"])
     curves.catch_up(earlier.rows)
     return curves
 
 
-def show_task(args, info, facts, num_parameters):
-    """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
+def show_task(args, info, num_parameters):
+    """Print what is trained on what. info: of the dataset (data.describe_dataset)."""
+    facts = info["written"]
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:
         how = f"{facts['num_clients']} shards ({describe_partition(facts)})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -103,12 +102,3 @@ def describe_code() -> dict:
             modified = git("status", "--porcelain", "--untracked-files=no", ".")
             return {"git_commit": git("rev-parse", "HEAD"), "git_modified": bool(modified)}
     return {}
-
-
-def describe_data(folder: Path) -> dict:
-    """Return what dataset.json in `folder` says to people: no digests, no table of the split; {} without the file."""
-    try:
-        facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {name: value for name, value in facts.items() if name not in ("shards", "test", "split")}
