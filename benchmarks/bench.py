@@ -23,12 +23,11 @@ import time
 import psutil
 import report
 import wifi
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, parse_names, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, ask, in_turns, memory_of, parse_names, write_json
 from helpers import free_port, lines, wait_until
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
 BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
-THREADS = 25  # of its clients, in one process; many more would mostly wait for each other, as devices do not
 IMPORTS = """import torch, grpc
 from flwr.client import NumPyClient
 print("imported", flush=True), input()"""  # what client.py imports of others
@@ -43,15 +42,6 @@ WAYS = {
     "int8": (["--compress", "int8"], 0.2, 135_000),
 }
 WIFI_CLIENTS, SHELF = (4, 10), 20  # and into how many shards the shapes are cut
-
-
-def ask(server, rounds):
-    """Have a server of rounds.py run that many rounds: what it answers."""
-    count = len(lines(server, "cpu_seconds"))
-    server.popen.stdin.write(f"{rounds}\n")
-    server.popen.stdin.flush()
-    server.wait_for('"cpu_seconds"', timeout=300, count=count + 1)
-    return json.loads(lines(server, "cpu_seconds")[count])
 
 
 class Bench:
@@ -118,12 +108,11 @@ class Bench:
     def adam(self):
         """Processes that train two steps with engines.Adam or with torch's: what ours saves, and whether it stays."""
         samples = {name: {"ours": [], "torch": []} for name in ("seconds", "mib")}
-        for turn in range(self.pairs):
-            for kind in ("ours", "torch") if turn % 2 else ("torch", "ours"):
-                process = self.suite.start("workers.py", "two_steps", kind)
-                samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
-                process.wait_for("mib")
-                samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
+        for kind in in_turns(self.pairs, ["ours", "torch"]):
+            process = self.suite.start("workers.py", "two_steps", kind)
+            samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
+            process.wait_for("mib")
+            samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
         seconds, mib = samples.values()
         return [
             self.row("two steps: start to the first", "s", seconds["ours"], seconds["torch"], "torch.optim.Adam", 0.9),
@@ -166,10 +155,8 @@ class Bench:
             samples["empty_mib"].append(memory_of(process.pid))
             process.kill()
 
-        works = [run_client, run_imports, run_bare, run_empty]
-        for turn in range(self.pairs):
-            for work in works if turn % 2 else reversed(works):
-                work()
+        for work in in_turns(self.pairs, [run_client, run_imports, run_bare, run_empty]):
+            work()
         server.kill()
         self.notes["client_memory"] = suite.measure("client_memory", self.dataset)
         empty = "empty process with torch and flwr"
@@ -188,18 +175,15 @@ class Bench:
             for kind in ("ours", "plain"):
                 port = free_port()
                 servers[kind] = self.suite.start("rounds.py", "server", kind, num_clients, port)
-                for first in range(0, num_clients, THREADS):
-                    number = min(THREADS, num_clients - first)
-                    clients.append(self.suite.start("rounds.py", "clients", first, number, port))
+                clients += self.suite.start_clients(kind, num_clients, port)
             for server in servers.values():
                 ask(server, 1)  # waits until all have joined, and warms up
             wall, cpu = ({kind: [] for kind in servers} for _ in range(2))
-            for turn in range(self.pairs):
-                for kind in list(servers) if turn % 2 else reversed(servers):
-                    time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
-                    answer = ask(servers[kind], block)
-                    wall[kind].append(answer["seconds"] / block * 1000)
-                    cpu[kind].append(answer["cpu_seconds"] / block * 1000)
+            for kind in in_turns(self.pairs, list(servers)):
+                time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
+                answer = ask(servers[kind], block)
+                wall[kind].append(answer["seconds"] / block * 1000)
+                cpu[kind].append(answer["cpu_seconds"] / block * 1000)
             for kind, server in servers.items():
                 server.popen.stdin.close()
                 server.wait_for("peak_mib")
@@ -252,9 +236,8 @@ class Bench:
             samples["plain_mib"].append(answer["mib"])
             count = answer["images"]
 
-        for turn in range(self.pairs):
-            for work in (ours, plain) if turn % 2 else (plain, ours):
-                work()
+        for work in in_turns(self.pairs, [ours, plain]):
+            work()
         self.notes["images_per_second"] = {
             "ours": count / statistics.median(samples["ours"]),
             "np.save": count / statistics.median(samples["plain"]),
@@ -393,7 +376,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs (default: 7); under 5 write no files")
     args = parse_names(parser, "bench", BENCHES)
-    leave_on_signals()
     about, rows, started = about_this_run(), [], time.monotonic()
     with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)

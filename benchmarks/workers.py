@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from libs import CKPS, DATASETS, nn, np, torch
 
-from common import memory_of
+from common import in_turns, memory_of
 
 NET = "LeNet5"
 
@@ -25,14 +25,12 @@ NET = "LeNet5"
 def alternate(pairs, **works):
     """Time each of `works` in turn, `pairs` times, every other time in reverse order: {name: [seconds, …]}."""
     seconds = {name: [] for name in works}
-    for turn in range(pairs + 1):  # the first is for warming up
-        for name in list(works) if turn % 2 else reversed(works):
-            gc.collect()
-            started = time.perf_counter()
-            works[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    for name in in_turns(pairs + 1, list(works)):
+        gc.collect()
+        started = time.perf_counter()
+        works[name]()
+        seconds[name].append(time.perf_counter() - started)
+    return {name: values[1:] for name, values in seconds.items()}  # the first is for warming up
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,9 +379,8 @@ def aggregation_memory(num_clients, pairs):
         "flower": lambda: strategy.FedAvg(fit_metrics_aggregation_fn=strategies.metrics_aggregation_fn),
     }
     mib = {name: [] for name in works}
-    for turn in range(pairs):
-        for name in list(works) if turn % 2 else reversed(works):
-            mib[name].append(in_fork(works[name]))
+    for name in in_turns(pairs, list(works)):
+        mib[name].append(in_fork(works[name]))
     return mib
 
 
