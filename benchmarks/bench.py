@@ -3,10 +3,10 @@
     make bench
     python benchmarks/bench.py epoch rounds --pairs 11
 
-Without names all benches are run, on the real CIFAR-10 if ../shared/cifar10 makes it and else on drawn shapes; minutes
-on two quiet cores, with one torch thread. The figures go to benchmarks/results.json, those of benches that are named in
-place of their old ones, and from there into the READMEs (report.py). A ratio is ours divided by the reference, so less
-is better: the median, least and greatest of alternating pairs.
+Without names all benches are run, on CIFAR-10, which is downloaded into datasets/ unless ../shared/cifar10 makes it;
+minutes on two quiet cores, with one torch thread. The figures go to benchmarks/results.json, those of benches that are
+named in place of their old ones, and from there into the READMEs (report.py). A ratio is ours divided by the reference,
+so less is better: the median, least and greatest of alternating pairs.
 """
 
 import argparse
@@ -24,13 +24,14 @@ import psutil
 import report
 import wifi
 from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, ask, in_turns, memory_of, parse_names, write_json
-from helpers import free_port, lines, wait_until
+from helpers import ROOT, free_port, lines, wait_until
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
 BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
 IMPORTS = """import torch, grpc
 from flwr.client import NumPyClient
 print("imported", flush=True), input()"""  # what client.py imports of others
+DATASET = "CIFAR10"
 POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
 # For the benches "wifi" and "wire": {way: (server's arguments, most of the waiting and of the bytes of `before`)}.
@@ -49,7 +50,7 @@ class Bench:
 
     def __init__(self, suite, pairs):
         self.suite, self.pairs, self.notes = suite, pairs, {}
-        self.dataset, self.archive = None, suite.root / "cifar-10-python.tar.gz"
+        self.archive = suite.root / "cifar-10-python.tar.gz"
 
     def row(self, name, unit, ours, reference, against, goal=None, limit=None):
         """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median.
@@ -69,22 +70,21 @@ class Bench:
         return {**about, "ratio": ratio, "goal": goal, "limit": limit, "met": met, "samples": samples}
 
     def prepare(self):
-        """Make the archive and the shards of 10 clients."""
-        real = BUILD_ARCHIVE.exists()
-        self.dataset = "CIFAR10" if real else "Shapes10"
-        if real:
+        """Make the archive, or download it, and the shards of 10 clients."""
+        from plumbing.sources.official import find_official  # found once common has set the path
+
+        if BUILD_ARCHIVE.exists():
             subprocess.run([sys.executable, BUILD_ARCHIVE, self.suite.root], check=True, timeout=300)
         else:
-            self.suite.measure("draw_archive", self.archive, timeout=300)
-        self.notes["data"] = "the real CIFAR-10" if real else "drawn shapes, since ../shared/cifar10 is not there"
+            self.archive = find_official(DATASET, ROOT / "datasets")
         self.partition()
 
     def partition(self):
         """Run partition.py on the archive: (seconds from its start to its end, MiB at its peak)."""
-        folder = self.suite.root / "datasets" / self.dataset
+        folder = self.suite.root / "datasets" / DATASET
         if folder.exists():  # not deleted: creating files soon after a large folder is deleted takes ext4 far longer
             folder.rename(self.suite.root / f"aside_{time.monotonic_ns()}")
-        process = self.suite.start("partition.py", "--dataset", self.dataset, "--source", self.archive)
+        process = self.suite.start("partition.py", "--dataset", DATASET, "--source", self.archive)
         peak = 0.0
         while process.popen.poll() is None:
             peak = max(peak, memory_of(process.pid))
@@ -95,8 +95,8 @@ class Bench:
         return seconds, peak
 
     def epoch(self):
-        seconds = self.suite.measure("epochs", self.dataset, self.pairs, timeout=300)
-        self.notes["step_profile"] = self.suite.measure("step_profile", self.dataset)
+        seconds = self.suite.measure("epochs", DATASET, self.pairs, timeout=300)
+        self.notes["step_profile"] = self.suite.measure("step_profile", DATASET)
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
@@ -122,13 +122,13 @@ class Bench:
     def start(self):
         """Client processes one after the other at one server, each beside processes that only import."""
         suite = self.suite
-        server = suite.server("--dataset", self.dataset, "--num_clients", 1, "--num_rounds", 1000)
+        server = suite.server("--dataset", DATASET, "--num_clients", 1, "--num_rounds", 1000)
         server.wait_for("round 1 to", 120)
         names = "connected imported first_fit bare_fit client_mib empty_mib server_mib".split()
         samples = {name: [] for name in names}
 
         def run_client():
-            process = suite.client(0, "--dataset", self.dataset)
+            process = suite.client(0, "--dataset", DATASET)
             connected = process.wait_for("connected to the server", poll=POLL)
             first_fit = process.wait_for("fit_loss", poll=POLL)
             process.wait_for("fit_loss", count=2)  # so the first evaluate is over too
@@ -145,7 +145,7 @@ class Bench:
             process.kill()
 
         def run_bare():
-            process = suite.start("workers.py", "bare_client", self.dataset)
+            process = suite.start("workers.py", "bare_client", DATASET)
             samples["bare_fit"].append(process.wait_for("fit", poll=POLL))
             process.kill()
 
@@ -158,7 +158,7 @@ class Bench:
         for work in in_turns(self.pairs, [run_client, run_imports, run_bare, run_empty]):
             work()
         server.kill()
-        self.notes["client_memory"] = suite.measure("client_memory", self.dataset)
+        self.notes["client_memory"] = suite.measure("client_memory", DATASET)
         empty = "empty process with torch and flwr"
         return [
             self.row("client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
@@ -199,8 +199,8 @@ class Bench:
     def whole(self):
         """Rounds of a server and client processes: the whole round beside its slowest fit."""
         suite, count = self.suite, self.pairs + 1
-        server = suite.server("--dataset", self.dataset, "--num_clients", WHOLE_CLIENTS, "--num_rounds", count)
-        arguments = ["--server_port", suite.port, "--num_threads", 1, "--dataset", self.dataset]
+        server = suite.server("--dataset", DATASET, "--num_clients", WHOLE_CLIENTS, "--num_rounds", count)
+        arguments = ["--server_port", suite.port, "--num_threads", 1, "--dataset", DATASET]
         clients = [suite.start("workers.py", "timed_client", *arguments, "--cid", cid) for cid in range(WHOLE_CLIENTS)]
         server.wait(300)
         for client in clients:
@@ -209,7 +209,7 @@ class Bench:
         for name, rounds in seconds.items():
             told = [[json.loads(line)[name] for line in lines(client, f'{{"{name}"')] for client in clients]
             rounds.extend(map(max, zip(*told, strict=True)))
-        whole = [row["round_seconds"] for row in suite.history(self.dataset)]
+        whole = [row["round_seconds"] for row in suite.history(DATASET)]
         fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
         both = [sum(pair) for pair in zip(fit, evaluate, strict=True)]
         name = f"whole round, {WHOLE_CLIENTS} client processes"

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))
+sys.path += [str(HERE.parent / "tests"), str(HERE.parent)]
 
 from helpers import SHARED, Suite, heed_signals, history, lines  # noqa: E402
 

@@ -18,9 +18,7 @@ import numpy as np
 from common import HERE, BenchSuite, about_this_run, ask, memory_of, write_json
 from helpers import ROOT, free_port, lines, write_images
 
-sys.path.append(str(ROOT))  # partition.py is there, whose drawings write_images takes
-
-from strategies import average  # noqa: E402
+from strategies import average
 
 ROUNDS = 6  # the first of them warms up: each process reads its shards
 RESULTS = 10  # of clients, that are averaged

@@ -9,7 +9,6 @@ that no figure on these pages is typed by hand. bench.py and soak.py call it whe
 import json
 import re
 import statistics
-import sys
 
 import pandas as pd
 from common import HERE
@@ -88,7 +87,6 @@ def rounds_in_short():
 
 def draw_figure(path):
     """The curves of figure.csv, as server.py draws them."""
-    sys.path.append(str(ROOT))
     from plumbing.laptop.pictures import draw_metrics
 
     history, _ = read_figure()
@@ -180,7 +178,7 @@ def bench():
         "`make bench` measures each figure and its reference in the same run on the same work, in alternating pairs. "
         "The table has medians, and for the ratio also the least and the greatest:\n\n"
         f"{table(header, [[row['bench'], *cells(row), row['n'], goal_of(row)] for row in rows])}\n\n"
-        f"One torch thread; data: {about['data']}. The machines:\n\n{machines}\n\n"
+        f"One torch thread; data: the real CIFAR-10. The machines:\n\n{machines}\n\n"
         "![The ratios, their spread and their goals](results.png)\n\n"
         f"`partition.py` writes {speed['ours']:,.0f} images per second.\n\n"
         f"A whole round takes {ratio('whole round', 'its slowest fit')} times as long as its slowest fit, because the "

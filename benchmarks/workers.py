@@ -303,34 +303,6 @@ def save_arrays(archive, folder):
     }
 
 
-def draw_archive(path):
-    """Write drawn shapes in the layout of cifar-10-python.tar.gz, where the real images are not at hand."""
-    import io
-    import pickle
-    import tarfile
-
-    from plumbing.sources.shapes import draw_shapes
-
-    source = draw_shapes(50000, 10000)
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-
-        def add(name, what):
-            payload = pickle.dumps(what, protocol=2)
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(payload)
-            tar.addfile(member, io.BytesIO(payload))
-
-        for split, count, images in source.splits:
-            size = count // 5 if split == "train" else count
-            for number in range(1, count // size + 1):
-                batch = [next(images) for _ in range(size)]
-                data = np.stack([image.transpose(2, 0, 1).reshape(-1) for image, _ in batch])
-                name = f"data_batch_{number}" if split == "train" else "test_batch"
-                add(name, {b"data": data, b"labels": [label for _, label in batch]})
-        add("batches.meta", {b"label_names": [name.encode() for name in source.classes]})
-    return {"classes": source.classes}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # memory: that of N results and their aggregation.
 
