@@ -28,6 +28,7 @@ from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
 from plumbing.laptop.flower import start_grid
 from plumbing.laptop.handshake import name_task
+from plumbing.laptop.history import MANY
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
 from plumbing.laptop.nodes import Nodes
 from plumbing.laptop.record import Diverged, GlobalTest, Record
@@ -234,9 +235,8 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     config = name_task(args.net, info["id"]) if in_app else {}
     config.update({"fedbn": about["fedbn"]} if args.fedbn else {})
     strategy = build_strategy(args, model, record, num_fit, config, progress.show_drop)
-    sender = Sender(args.compress, float32_weights(model))
-    on_join = functools.partial(start.tell_curves_of_client, curves, args.num_clients)
-    registry = new_registry(args.num_clients, task, on_join=on_join, sender=sender)
+    on_join = curves.log_client if args.num_clients <= MANY else None  # more are too many for wandb's page
+    registry = new_registry(args.num_clients, task, on_join, Sender(args.compress, float32_weights(model)))
     auto = args.round_timeout == "auto"
     absences = Absences(map(str, range(args.num_clients)), curves.watch)
     server = Server(registry, strategy, args.min_clients, auto, target, absences)

@@ -20,6 +20,7 @@ import numpy as np
 
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
 SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds", *TRAFFIC)})
+MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for config
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
 
@@ -86,8 +87,9 @@ class Curves:
                 say(f"curves: Weights & Biases fails from round {row['round']} on: {printable(error)}")
             self.failed = True
 
-    def log_client(self, cid, facts):
+    def log_client(self, cid, properties):
         """Put what a client runs on into the run's config."""
+        facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
         with contextlib.suppress(Exception):  # as in log_round
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from plumbing.common.arguments import plain_args
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file
-from plumbing.common.process import UserError, printable, say
+from plumbing.common.process import UserError, say
 from plumbing.common.split import describe_partition
 from plumbing.common.state import batch_norm_names, count_parameters, float32_weights
 from plumbing.laptop.budget import Budget
-from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
 from plumbing.laptop.wandb_run import describe_code, start_wandb
-
-MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for wandb
 
 
 def count_clients(args, shards, least):
@@ -63,13 +60,6 @@ def describe_task(args, info, model, build_net):
 def divide_time(args, count_batches, rows):
     """Return the Budget of --time_budget, None if there is none. For `count_batches` and `rows` see Budget."""
     return args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, rows)
-
-
-def tell_curves_of_client(curves, num_clients, cid, properties):
-    """Put what a client runs on into wandb's config, unless there are too many for its page."""
-    if num_clients <= MANY:
-        facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
-        curves.log_client(cid, facts)
 
 
 def hold_folder(folder, dataset):
