@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import itertools
 import os
-import re
 import shlex
 import shutil
 import time
@@ -54,7 +54,7 @@ def find_run(folder: Path, resume: bool | str) -> Path | None:
     if resume is not True:
         raise UserError(f"cannot resume from {source}: there is no server.ptl in it")
     kept = kept_runs(folder)
-    hint = f" (the newest run that was kept: {how_to_resume(kept[-1])})" if kept else ""
+    hint = f" (the newest run that was kept: --resume {shlex.quote(str(kept[-1]))})" if kept else ""
     say(f"nothing to resume in {folder}: starting at round 1{hint}")
     return None
 
@@ -150,12 +150,8 @@ def best_of(folder, last_round, about):
 
 def kept_runs(folder):
     """Return the folders in which `move_aside` has kept runs of `folder` that can be resumed, the newest last."""
-    dated = re.compile(re.escape(folder.name) + r"\.\d{4}-\d\d-\d\d_\d{6}(_\d+)?")  # no run of a dataset like Name.v2
-    return sorted(path.parent for path in folder.parent.glob("*/server.ptl") if dated.fullmatch(path.parent.name))
-
-
-def how_to_resume(folder):
-    return f"--resume {shlex.quote(str(folder))}"
+    dated = f"{glob.escape(folder.name)}.????-??-??_??????*"  # no run of a dataset like Name.v2
+    return sorted(path.parent for path in folder.parent.glob(f"{dated}/server.ptl"))
 
 
 def move_aside(folder, names):
@@ -183,5 +179,5 @@ def move_aside(folder, names):
         raise
     for name in found:
         (folder / name).unlink()
-    hint = f"; to continue it: {how_to_resume(kept)}" if "server.ptl" in found else ""
+    hint = f"; to continue it: --resume {shlex.quote(str(kept))}" if "server.ptl" in found else ""
     say(f"kept {', '.join(found)} of the previous run in {kept}{hint}")
