@@ -55,10 +55,10 @@ def held_steps(wandb_dir: str, run_id: str, names: str) -> set[int] | None:
     paths, steps = list(Path(wandb_dir).glob(f"{names}-*-{glob.escape(run_id)}/*.wandb")), set()
     for path in paths:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
-        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=path.parent, capture_output=True)
         if done.returncode != 0:
             return None
-        records = map(json.loads, done.stdout.splitlines())
+        records = map(json.loads, done.stdout.splitlines())  # of bytes: only at newlines
         steps.update(record["history"]["item"]["_step"] for record in records if record["type"] == "history")
     return steps if paths else None
 
