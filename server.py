@@ -28,6 +28,7 @@ from plumbing.laptop.earlier import find_run, read_args, resume
 from plumbing.laptop.ending import Run, fail, show_results
 from plumbing.laptop.flags import add_run_flags, app_settings, as_before, as_flags, optional, seconds_or_auto
 from plumbing.laptop.handshake import name_task
+from plumbing.laptop.history import MANY
 from plumbing.laptop.listening import add_connection_flags, announce, check_address, read_certificates
 from plumbing.laptop.nodes import Nodes, start_grid
 from plumbing.laptop.record import Diverged, GlobalTest, Record
@@ -39,7 +40,7 @@ from flwr.server import ServerApp, ServerConfig
 
 from data import count_batches, describe_in_checkpoint, load_test
 from engines import HYPER_PARAMETERS, count_answers, server_test_fn
-from nets import build_net, find_net, load_checkpoint, normalise_input
+from nets import build_net, find_net, normalise_input
 from strategies import STRATEGIES, FedAvg
 
 
@@ -115,7 +116,7 @@ def parse_args(settings=None, ckps=CKPS):
         raise UserError("--allow_new_data goes with --resume")
     if args.resume:
         path = (ckps / args.dataset if args.resume is True else Path(args.resume)) / "server.ptl"
-        earlier = read_args(path, load_checkpoint)
+        earlier = read_args(path)
         earlier = {name: value for name, value in earlier.items() if settings is None or name in settings}
         args = as_before(parser, flags, earlier, path)
     args.server_address, args.server_port = split_address(args.server_address, args.server_port)
@@ -205,7 +206,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     # 2. The earlier run, if --resume goes on from one.
     folder = ckps / args.dataset
     lock = start.hold_folder(folder, args.dataset)
-    earlier = resume(find_run(folder, args.resume), model, about, load_checkpoint, args.allow_new_data)
+    earlier = resume(find_run(folder, args.resume), model, about, args.allow_new_data)
     about["resumed_after"] = [*earlier.resumed_after, earlier.last_round] if earlier.rows else []
     if args.fedbn:  # the names of this run and of those before, under which devices keep their batch norm
         about["fedbn"] = f"{secrets.token_hex(8)} {earlier.fedbn}".strip()
@@ -216,7 +217,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
         say(f"{folder / 'server.ptl'} {over}")
 
     # 3. The parts: each round goes from the clients in the registry through server and strategy into the record.
-    curves = start.start_curves(args, datasets / args.dataset, info, model, earlier, needed=not over)
+    curves = start.start_curves(args, info, model, earlier, needed=not over)
     tester = GlobalTest(functools.partial(server_test_fn, {"test": test}), functools.partial(count_answers, test))
     record = Record(model, folder / "server.ptl", earlier, tester, {**about, "wandb_run_id": curves.run.id})
     if over:
@@ -228,9 +229,8 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     config = name_task(args.net, info["id"]) if in_app else {}
     config.update({"fedbn": about["fedbn"]} if args.fedbn else {})
     strategy = build_strategy(args, model, record, num_fit, config, progress.show_drop)
-    sender = Sender(args.compress, float32_weights(model))
-    on_join = functools.partial(start.tell_curves_of_client, curves, args.num_clients)
-    registry = new_registry(args.num_clients, task, on_join=on_join, sender=sender)
+    on_join = curves.log_client if args.num_clients <= MANY else None  # more are too many for wandb's page
+    registry = new_registry(args.num_clients, task, on_join, Sender(args.compress, float32_weights(model)))
     run = Run(registry, strategy, curves, progress, lock)
     absences = Absences(map(str, range(args.num_clients)), curves.watch)
     budget = args.time_budget and Budget(args.time_budget, args.num_epochs, count_batches, record.clients.rows)

@@ -3,10 +3,10 @@
     make bench
     python benchmarks/bench.py epoch rounds --pairs 11
 
-Without names all benches are run, on the real CIFAR-10 if ../shared/cifar10 makes it and else on drawn shapes; minutes
-on two quiet cores, with one torch thread. The figures go to benchmarks/results.json, those of benches that are named in
-place of their old ones, and from there into the READMEs (report.py). A ratio is ours divided by the reference, so less
-is better: the median, least and greatest of alternating pairs.
+Without names all benches are run, on CIFAR-10, which is downloaded into datasets/ unless ../shared/cifar10 makes it;
+minutes on two quiet cores, with one torch thread. The figures go to benchmarks/results.json, those of benches that are
+named in place of their old ones, and from there into the READMEs (report.py). A ratio is ours divided by the reference,
+so less is better: the median, least and greatest of alternating pairs.
 """
 
 import argparse
@@ -23,15 +23,15 @@ import time
 import psutil
 import report
 import wifi
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, memory_of, parse_names, write_json
-from helpers import free_port, lines, wait_until
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, ask, in_turns, memory_of, parse_names, write_json
+from helpers import ROOT, free_port, lines, wait_until
 
 # For the bench "rounds": {number of clients: rounds in each of the alternating blocks}.
 BLOCKS = {2: 25, 10: 15, 50: 4, 200: 1}
-THREADS = 25  # of its clients, in one process; many more would mostly wait for each other, as devices do not
 IMPORTS = """import torch, grpc
 from flwr.client import NumPyClient
 print("imported", flush=True), input()"""  # what client.py imports of others
+DATASET = "CIFAR10"
 POLL = 0.005  # seconds between two looks at what a process prints, where that is timed
 WHOLE_CLIENTS, WIRE_ROUNDS = 4, 20
 # For the benches "wifi" and "wire": {way: (server's arguments, most of the waiting and of the bytes of `before`)}.
@@ -45,21 +45,12 @@ WAYS = {
 WIFI_CLIENTS, SHELF = (4, 10), 20  # and into how many shards the shapes are cut
 
 
-def ask(server, rounds):
-    """Have a server of rounds.py run that many rounds: what it answers."""
-    count = len(lines(server, "cpu_seconds"))
-    server.popen.stdin.write(f"{rounds}\n")
-    server.popen.stdin.flush()
-    server.wait_for('"cpu_seconds"', timeout=300, count=count + 1)
-    return json.loads(lines(server, "cpu_seconds")[count])
-
-
 class Bench:
     """The benches by name; each method measures, and returns its rows of the table."""
 
     def __init__(self, suite, pairs):
         self.suite, self.pairs, self.notes = suite, pairs, {}
-        self.dataset, self.archive = None, suite.root / "cifar-10-python.tar.gz"
+        self.archive = suite.root / "cifar-10-python.tar.gz"
 
     def row(self, name, unit, ours, reference, against, goal=None, limit=None):
         """A row of the table; `goal` is the most that the median ratio may be, `limit` the most for our own median.
@@ -79,22 +70,21 @@ class Bench:
         return {**about, "ratio": ratio, "goal": goal, "limit": limit, "met": met, "samples": samples}
 
     def prepare(self):
-        """Make the archive and the shards of 10 clients."""
-        real = BUILD_ARCHIVE.exists()
-        self.dataset = "CIFAR10" if real else "Shapes10"
-        if real:
+        """Make the archive, or download it, and the shards of 10 clients."""
+        from plumbing.sources.official import find_official  # found once common has set the path
+
+        if BUILD_ARCHIVE.exists():
             subprocess.run([sys.executable, BUILD_ARCHIVE, self.suite.root], check=True, timeout=300)
         else:
-            self.suite.measure("draw_archive", self.archive, timeout=300)
-        self.notes["data"] = "the real CIFAR-10" if real else "drawn shapes, since ../shared/cifar10 is not there"
+            self.archive = find_official(DATASET, ROOT / "datasets")
         self.partition()
 
     def partition(self):
         """Run partition.py on the archive: (seconds from its start to its end, MiB at its peak)."""
-        folder = self.suite.root / "datasets" / self.dataset
+        folder = self.suite.root / "datasets" / DATASET
         if folder.exists():  # not deleted: creating files soon after a large folder is deleted takes ext4 far longer
             folder.rename(self.suite.root / f"aside_{time.monotonic_ns()}")
-        process = self.suite.start("partition.py", "--dataset", self.dataset, "--source", self.archive)
+        process = self.suite.start("partition.py", "--dataset", DATASET, "--source", self.archive)
         peak = 0.0
         while process.popen.poll() is None:
             peak = max(peak, memory_of(process.pid))
@@ -105,8 +95,8 @@ class Bench:
         return seconds, peak
 
     def epoch(self):
-        seconds = self.suite.measure("epochs", self.dataset, self.pairs, timeout=300)
-        self.notes["step_profile"] = self.suite.measure("step_profile", self.dataset)
+        seconds = self.suite.measure("epochs", DATASET, self.pairs, timeout=300)
+        self.notes["step_profile"] = self.suite.measure("step_profile", DATASET)
         tutorial, whole = "tutorial's way", f"whole fit call, {seconds['num_fit']} + {seconds['num_eval']} images"
         epoch = f"epoch of {seconds['num_fit']} images"
         return [
@@ -118,12 +108,11 @@ class Bench:
     def adam(self):
         """Processes that train two steps with engines.Adam or with torch's: what ours saves, and whether it stays."""
         samples = {name: {"ours": [], "torch": []} for name in ("seconds", "mib")}
-        for turn in range(self.pairs):
-            for kind in ("ours", "torch") if turn % 2 else ("torch", "ours"):
-                process = self.suite.start("workers.py", "two_steps", kind)
-                samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
-                process.wait_for("mib")
-                samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
+        for kind in in_turns(self.pairs, ["ours", "torch"]):
+            process = self.suite.start("workers.py", "two_steps", kind)
+            samples["seconds"][kind].append(process.wait_for("step", poll=POLL))
+            process.wait_for("mib")
+            samples["mib"][kind].append(json.loads(lines(process, "mib")[0])["mib"])
         seconds, mib = samples.values()
         return [
             self.row("two steps: start to the first", "s", seconds["ours"], seconds["torch"], "torch.optim.Adam", 0.9),
@@ -133,13 +122,13 @@ class Bench:
     def start(self):
         """Client processes one after the other at one server, each beside processes that only import."""
         suite = self.suite
-        server = suite.server("--dataset", self.dataset, "--num_clients", 1, "--num_rounds", 1000)
+        server = suite.server("--dataset", DATASET, "--num_clients", 1, "--num_rounds", 1000)
         server.wait_for("round 1 to", 120)
         names = "connected imported first_fit bare_fit client_mib empty_mib server_mib".split()
         samples = {name: [] for name in names}
 
         def run_client():
-            process = suite.client(0, "--dataset", self.dataset)
+            process = suite.client(0, "--dataset", DATASET)
             connected = process.wait_for("connected to the server", poll=POLL)
             first_fit = process.wait_for("fit_loss", poll=POLL)
             process.wait_for("fit_loss", count=2)  # so the first evaluate is over too
@@ -156,7 +145,7 @@ class Bench:
             process.kill()
 
         def run_bare():
-            process = suite.start("workers.py", "bare_client", self.dataset)
+            process = suite.start("workers.py", "bare_client", DATASET)
             samples["bare_fit"].append(process.wait_for("fit", poll=POLL))
             process.kill()
 
@@ -166,12 +155,10 @@ class Bench:
             samples["empty_mib"].append(memory_of(process.pid))
             process.kill()
 
-        works = [run_client, run_imports, run_bare, run_empty]
-        for turn in range(self.pairs):
-            for work in works if turn % 2 else reversed(works):
-                work()
+        for work in in_turns(self.pairs, [run_client, run_imports, run_bare, run_empty]):
+            work()
         server.kill()
-        self.notes["client_memory"] = suite.measure("client_memory", self.dataset)
+        self.notes["client_memory"] = suite.measure("client_memory", DATASET)
         empty = "empty process with torch and flwr"
         return [
             self.row("client: start to connected", "s", samples["connected"], samples["imported"], "its imports", 1.3),
@@ -188,18 +175,15 @@ class Bench:
             for kind in ("ours", "plain"):
                 port = free_port()
                 servers[kind] = self.suite.start("rounds.py", "server", kind, num_clients, port)
-                for first in range(0, num_clients, THREADS):
-                    number = min(THREADS, num_clients - first)
-                    clients.append(self.suite.start("rounds.py", "clients", first, number, port))
+                clients += self.suite.start_clients(kind, num_clients, port)
             for server in servers.values():
                 ask(server, 1)  # waits until all have joined, and warms up
             wall, cpu = ({kind: [] for kind in servers} for _ in range(2))
-            for turn in range(self.pairs):
-                for kind in list(servers) if turn % 2 else reversed(servers):
-                    time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
-                    answer = ask(servers[kind], block)
-                    wall[kind].append(answer["seconds"] / block * 1000)
-                    cpu[kind].append(answer["cpu_seconds"] / block * 1000)
+            for kind in in_turns(self.pairs, list(servers)):
+                time.sleep(0.3)  # our record of the last rounds is kept meanwhile, which is not the other's burden
+                answer = ask(servers[kind], block)
+                wall[kind].append(answer["seconds"] / block * 1000)
+                cpu[kind].append(answer["cpu_seconds"] / block * 1000)
             for kind, server in servers.items():
                 server.popen.stdin.close()
                 server.wait_for("peak_mib")
@@ -215,8 +199,8 @@ class Bench:
     def whole(self):
         """Rounds of a server and client processes: the whole round beside its slowest fit."""
         suite, count = self.suite, self.pairs + 1
-        server = suite.server("--dataset", self.dataset, "--num_clients", WHOLE_CLIENTS, "--num_rounds", count)
-        arguments = ["--server_port", suite.port, "--num_threads", 1, "--dataset", self.dataset]
+        server = suite.server("--dataset", DATASET, "--num_clients", WHOLE_CLIENTS, "--num_rounds", count)
+        arguments = ["--server_port", suite.port, "--num_threads", 1, "--dataset", DATASET]
         clients = [suite.start("workers.py", "timed_client", *arguments, "--cid", cid) for cid in range(WHOLE_CLIENTS)]
         server.wait(300)
         for client in clients:
@@ -225,7 +209,7 @@ class Bench:
         for name, rounds in seconds.items():
             told = [[json.loads(line)[name] for line in lines(client, f'{{"{name}"')] for client in clients]
             rounds.extend(map(max, zip(*told, strict=True)))
-        whole = [row["round_seconds"] for row in suite.history(self.dataset)]
+        whole = [row["round_seconds"] for row in suite.history(DATASET)]
         fit, evaluate = seconds["fit"][1:], seconds["evaluate"][1:]  # without the first round, which warms up
         both = [sum(pair) for pair in zip(fit, evaluate, strict=True)]
         name = f"whole round, {WHOLE_CLIENTS} client processes"
@@ -252,9 +236,8 @@ class Bench:
             samples["plain_mib"].append(answer["mib"])
             count = answer["images"]
 
-        for turn in range(self.pairs):
-            for work in (ours, plain) if turn % 2 else (plain, ours):
-                work()
+        for work in in_turns(self.pairs, [ours, plain]):
+            work()
         self.notes["images_per_second"] = {
             "ours": count / statistics.median(samples["ours"]),
             "np.save": count / statistics.median(samples["plain"]),
@@ -393,7 +376,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs (default: 7); under 5 write no files")
     args = parse_names(parser, "bench", BENCHES)
-    leave_on_signals()
     about, rows, started = about_this_run(), [], time.monotonic()
     with BenchSuite() as suite:
         bench = Bench(suite, args.pairs)

@@ -1,4 +1,4 @@
-"""What bench.py and soak.py share, beside tests/helpers.py: a suite in a temporary folder, and what made a result."""
+"""What the benchmarks share, beside tests/helpers.py: a suite in a temporary folder, and what made a result."""
 
 import datetime
 import importlib.metadata
@@ -15,11 +15,12 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))
+sys.path += [str(HERE.parent / "tests"), str(HERE.parent)]
 
-from helpers import SHARED, Suite, heed_signals, history  # noqa: E402
+from helpers import SHARED, Suite, heed_signals, history, lines  # noqa: E402
 
 BUILD_ARCHIVE = SHARED / "cifar10" / "build_archive"  # makes the real CIFAR-10 in its own layout
+THREADS = 25  # of rounds.py's clients, in one process; many more would mostly wait for each other, as devices do not
 PACKAGES = ("flwr", "grpcio", "torch", "numpy", "opencv-python-headless", "pandas", "wandb")
 
 
@@ -73,6 +74,21 @@ def memory_of(pid, field="VmHWM"):
     return sizes[0] / 1024 if sizes else 0.0
 
 
+def in_turns(pairs, works):
+    """Yield each of the list `works`, `pairs` times, every other time in reverse order."""
+    for turn in range(pairs):
+        yield from works if turn % 2 else reversed(works)
+
+
+def ask(server, rounds):
+    """Have a server of rounds.py run that many rounds: what it answers."""
+    count = len(lines(server, "cpu_seconds"))
+    server.popen.stdin.write(f"{rounds}\n")
+    server.popen.stdin.flush()
+    server.wait_for('"cpu_seconds"', timeout=300, count=count + 1)
+    return json.loads(lines(server, "cpu_seconds")[count])
+
+
 class BenchSuite(Suite):
     """A copy of the suite in a temporary folder, which starts the scripts of benchmarks/ too.
 
@@ -87,6 +103,7 @@ class BenchSuite(Suite):
         )
 
     def __enter__(self):
+        leave_on_signals()
         return self
 
     def __exit__(self, kind, *_):
@@ -116,6 +133,11 @@ class BenchSuite(Suite):
         """Start a script of the suite or of benchmarks/, or `-c` with code, that can be written to."""
         own = HERE / script
         return super().start(own if own.exists() else script, *args, stdin=subprocess.PIPE, **kwargs)
+
+    def start_clients(self, kind, num_clients, port):
+        """Start clients of rounds.py; return their processes."""
+        groups = [(first, min(THREADS, num_clients - first)) for first in range(0, num_clients, THREADS)]
+        return [self.start("rounds.py", "clients", kind, *group, port) for group in groups]
 
     def measure(self, *args, timeout=120):
         """Run workers.py to its end: the JSON in its last line."""

@@ -20,7 +20,7 @@ from libs import nn, torch
 from plumbing.common.fast import Adam
 
 import report
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, parse_names, write_json
 
 import nets
 from data import load_shard, load_test
@@ -124,7 +124,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parse_names(parser, "net", NETS)
-    leave_on_signals()
     path = HERE / "frontier.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"curves": {}}
     results["about"] = about_this_run()

@@ -15,15 +15,12 @@ import sys
 import time
 
 import numpy as np
-from common import HERE, BenchSuite, about_this_run, memory_of, write_json
+from common import HERE, BenchSuite, about_this_run, ask, memory_of, write_json
 from helpers import ROOT, free_port, lines, write_images
 
-sys.path.append(str(ROOT))  # partition.py is there, whose drawings write_images takes
-
-from strategies import average  # noqa: E402
+from strategies import average
 
 ROUNDS = 6  # the first of them warms up: each process reads its shards
-THREADS = 25  # clients a process
 RESULTS = 10  # of clients, that are averaged
 BLOCK = 3  # rounds that are timed together, of the scripts
 
@@ -49,16 +46,10 @@ def simulation(num_clients):
 
 def scripts(num_clients):
     with BenchSuite() as suite:
-        port, clients, seconds = free_port(), [], []
+        port = free_port()
         server = suite.start("rounds.py", "server", "ours", num_clients, port)
-        for first in range(0, num_clients, THREADS):
-            number = min(THREADS, num_clients - first)
-            clients.append(suite.start("rounds.py", "clients", first, number, port))
-        for turn in range(4):  # the first waits until all have joined, and warms up
-            server.popen.stdin.write(f"{BLOCK}\n")
-            server.popen.stdin.flush()
-            server.wait_for('{"seconds"', 300, count=turn + 1)
-            seconds.append(json.loads(lines(server, '{"seconds"')[turn])["seconds"] / BLOCK)
+        suite.start_clients("ours", num_clients, port)
+        seconds = [ask(server, BLOCK)["seconds"] / BLOCK for _ in range(4)]  # the first: all join, and warm up
         server.popen.stdin.close()
         server.wait_for("peak_mib")
         peak = json.loads(lines(server, "peak_mib")[0])["peak_mib"]

@@ -9,11 +9,11 @@ that no figure on these pages is typed by hand. bench.py and soak.py call it whe
 import json
 import re
 import statistics
-import sys
 
 import pandas as pd
 from common import HERE
 from helpers import ROOT
+from matplotlib.figure import Figure
 
 DOCS = ROOT / "docs"
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
@@ -87,13 +87,11 @@ def rounds_in_short():
 
 def draw_figure(path):
     """The curves of figure.csv, as server.py draws them."""
-    sys.path.append(str(ROOT))
     from plumbing.laptop.pictures import draw_metrics
 
     history, _ = read_figure()
     title = "CIFAR10 (iid): LeNet5, 10 clients, 1 epoch per round"
     draw_metrics(history.reset_index().astype({"round": int}).to_dict("records"), path, title)
-    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def bench():
         "`make bench` measures each figure and its reference in the same run on the same work, in alternating pairs. "
         "The table has medians, and for the ratio also the least and the greatest:\n\n"
         f"{table(header, [[row['bench'], *cells(row), row['n'], goal_of(row)] for row in rows])}\n\n"
-        f"One torch thread; data: {about['data']}. The machines:\n\n{machines}\n\n"
+        f"One torch thread; data: the real CIFAR-10. The machines:\n\n{machines}\n\n"
         "![The ratios, their spread and their goals](results.png)\n\n"
         f"`partition.py` writes {speed['ours']:,.0f} images per second.\n\n"
         f"A whole round takes {ratio('whole round', 'its slowest fit')} times as long as its slowest fit, because the "
@@ -248,11 +246,11 @@ def compress():
     for way, by_seed in finals.items():
         values = list(by_seed.values())
         differences = [value - finals["off"][seed] for seed, value in by_seed.items()]
-        against = "" if way == "off" else f"{statistics.mean(differences):+.4f}"
+        against = "" if way == "off" else f"{statistics.fmean(differences):+.4f}"
         each = [f"{by_seed[seed]:.4f}" if seed in by_seed else "–" for seed in seeds]
-        rows.append([way, *each, f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
+        rows.append([way, *each, f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})", against])
     off = finals["off"].values()
-    within = all(min(off) <= statistics.mean(by_seed.values()) <= max(off) for by_seed in finals.values())
+    within = all(min(off) <= statistics.fmean(by_seed.values()) <= max(off) for by_seed in finals.values())
     verdict = f"Their means are {'within' if within else 'outside'} the range of the seeds of off."
     count = len(runs[0]["rounds"])
     header = ["--compress", *(f"seed {seed}" for seed in seeds), "mean, least, greatest", "mean difference to off"]
@@ -291,10 +289,9 @@ def wire_in_short():
     )
 
 
-def draw(path, about):
+def draw_bench():
     """The ratios with their spread, and the goals, on a logarithmic axis."""
-    from matplotlib.figure import Figure
-
+    about = read("results.json")
     rows = about["rows"]
     kinds = {True: ("tab:green", "goal met"), False: ("tab:red", "goal missed"), None: ("tab:gray", "no goal")}
     picture = Figure(figsize=(10, 0.28 * len(rows) + 1.8), layout="constrained")
@@ -318,8 +315,7 @@ def draw(path, about):
     axes.set_xlabel("ours / reference, logarithmic: median (dot),\nleast to greatest (bar), goal (black mark)")
     machines = {f"{run['cpu']}, {run['cores']} cores, {run['date'][:10]}" for run in about["runs"].values()}
     picture.suptitle("\n".join(sorted(machines)), fontsize="medium")
-    picture.savefig(path, dpi=120)
-    print(f"written: {path}")
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,9 +360,7 @@ def frontier_in_short():
     )
 
 
-def draw_frontier(path):
-    from matplotlib.figure import Figure
-
+def draw_frontier():
     picture = Figure(figsize=(8, 4.5), layout="constrained")
     axes = picture.subplots()
     for (name, curve), style in zip(read_curves().items(), ("-", "--", "-.", ":", "-"), strict=False):
@@ -375,8 +369,7 @@ def draw_frontier(path):
     axes.set_title("CIFAR10 (iid): 10 clients, 1 epoch per round", fontsize="large")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture.savefig(path, dpi=110)
-    print(f"written: {path}")
+    return picture
 
 
 def skew_figures():
@@ -423,9 +416,7 @@ def skew_in_short():
     )
 
 
-def draw_skew(path):
-    from matplotlib.figure import Figure
-
+def draw_skew():
     methods, alphas, figures = skew_figures()
     picture = Figure(figsize=(9.6, 4.6), layout="constrained")
     picture.suptitle("CIFAR10 (dirichlet): 10 clients, 40 rounds of 1 epoch, means of the last 5 rounds")
@@ -444,18 +435,13 @@ def draw_skew(path):
         axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
     picture.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
-    picture.savefig(path, dpi=110)
-    print(f"written: {path}")
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixed shelves.
 
 WAIT, TARGETS, MOMENTS, MOST = "all wait", (0.5, 0.55, 0.58), (20, 40), 3
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def read_mixed():
@@ -482,12 +468,12 @@ def seconds_of_round(sizes, speeds, measuring):
     """The time of a round in which all wait, as mixed.py counts it; `sizes` is [(fit images, eval images), …]."""
     evals = [measuring * own / speed for (_, own), speed in zip(sizes, speeds, strict=True)]
     fits = [fit / speed + own for (fit, _), speed, own in zip(sizes, speeds, evals, strict=True)]
-    return (max(fits) + max(evals)) / mean([fit for fit, _ in sizes])
+    return (max(fits) + max(evals)) / statistics.fmean([fit for fit, _ in sizes])
 
 
 def reached(run, target):
     """The time at which a run of read_mixed first had the accuracy `target`, None if it never did."""
-    return next((seconds for seconds, classes in run["rounds"] if mean(classes) >= target), None)
+    return next((seconds for seconds, classes in run["rounds"] if statistics.fmean(classes) >= target), None)
 
 
 def at(run, moment):
@@ -500,7 +486,7 @@ def at(run, moment):
         return None
     classes = finished[-1]
     theirs = sorted(range(len(classes)), key=lambda label: -run["held"][label])[:MOST]
-    return mean(classes), mean([classes[label] for label in theirs])
+    return statistics.fmean(classes), statistics.fmean([classes[label] for label in theirs])
 
 
 def spread(values, shape, number):
@@ -508,7 +494,7 @@ def spread(values, shape, number):
     values = [value for value in values if value is not None]
     if not values:
         return "–"
-    shown = f"{shape} ({shape} to {shape})".format(mean(values), min(values), max(values))
+    shown = f"{shape} ({shape} to {shape})".format(statistics.fmean(values), min(values), max(values))
     return shown if len(values) == number else f"{shown}, {len(values)} of {number}"
 
 
@@ -561,7 +547,7 @@ def mixed_confirmed(about, target=0.55):
         return ""
     split, shelf, method, seed = about["confirmed"]["run"]
     simulated = {
-        run["method"]: [(seconds, mean(classes)) for seconds, classes in run["rounds"]]
+        run["method"]: [(seconds, statistics.fmean(classes)) for seconds, classes in run["rounds"]]
         for run in about["runs"]
         if (run["split"], run["shelf"], run["seed"]) == (split, shelf, seed)
     }
@@ -577,10 +563,8 @@ def mixed_confirmed(about, target=0.55):
     )
 
 
-def draw_mixed(path):
+def draw_mixed():
     """Test accuracy over time: a line a run, a colour a method."""
-    from matplotlib.figure import Figure
-
     runs = read_mixed()
     colours = {method: f"C{place}" for place, method in enumerate(dict.fromkeys(m for by in runs.values() for m in by))}
     picture = Figure(figsize=(11, 3.6 * -(-len(runs) // 2)), layout="constrained")
@@ -588,14 +572,15 @@ def draw_mixed(path):
     for axes, ((split, shelf), by_method) in zip(grid, runs.items(), strict=False):
         for method, by_seed in by_method.items():
             for place, run in enumerate(by_seed.values()):
-                times, accuracies = zip(*((seconds, mean(classes)) for seconds, classes in run["rounds"]), strict=True)
+                times, accuracies = zip(
+                    *((seconds, statistics.fmean(classes)) for seconds, classes in run["rounds"]), strict=True
+                )
                 label = method if place == 0 else None
                 axes.plot(times, accuracies, color=colours[method], linewidth=1, alpha=0.8, label=label)
         axes.set(xlabel="time, in epochs of a fast board", ylabel="test accuracy", title=f"{split}; speeds {shelf}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    picture.savefig(path, dpi=110)
-    print(f"written: {path}")
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,9 +656,7 @@ def ways():
     )
 
 
-def draw_growth(path):
-    from matplotlib.figure import Figure
-
+def draw_growth():
     picture = Figure(figsize=(9.6, 4.6), layout="constrained")
     picture.suptitle("A round, and the server's memory, by number of clients")
     times, memory = picture.subplots(1, 2)
@@ -693,13 +676,19 @@ def draw_growth(path):
         axes.grid(alpha=0.3)
     times.plot([], [], ":", color="0.4", label="in proportion to the number of clients")
     picture.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    picture.savefig(path, dpi=110)
-    print(f"written: {path}")
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pages: what stands between the markers of each.
+# The pages: what stands between the markers of each; and the pictures.
 
+PICTURES = {
+    "results": draw_bench,
+    "frontier": draw_frontier,
+    "skew": draw_skew,
+    "mixed": draw_mixed,
+    "growth": draw_growth,
+}
 PAGES = {
     ROOT / "README.md": {"figure": figure_in_short, "rounds": rounds_in_short},
     DOCS / "strategies.md": {"frontier": frontier_in_short, "skew": skew_in_short},
@@ -737,11 +726,9 @@ def main():
     for path in PAGES:
         path.write_text(render(path.read_text(encoding="utf-8"), path), encoding="utf-8")
         print(f"written: {path}")
-    draw(HERE / "results.png", read("results.json"))
-    draw_frontier(HERE / "frontier.png")
-    draw_skew(HERE / "skew.png")
-    draw_mixed(HERE / "mixed.png")
-    draw_growth(HERE / "growth.png")
+    for name, draw in PICTURES.items():
+        draw().savefig(HERE / f"{name}.png", dpi=110)
+        print(f"written: {HERE / name}.png")
     draw_figure(HERE / "figure.png")
 
 

@@ -75,11 +75,7 @@ class Gate:
 def serve(kind, num_clients, port):
     torch.manual_seed(0)
     model = build_net(*NET)
-    numbers = {
-        "min_fit_clients": num_clients,
-        "min_evaluate_clients": num_clients,
-        "min_available_clients": num_clients,
-    }
+    numbers = dict.fromkeys(("min_fit_clients", "min_evaluate_clients", "min_available_clients"), num_clients)
     parts = {}
     if kind != "ours":
         from flwr.server import start_server

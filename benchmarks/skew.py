@@ -23,7 +23,7 @@ from libs import nn, torch
 from plumbing.device.task import Task
 
 import report
-from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
+from common import BUILD_ARCHIVE, HERE, BenchSuite, about_this_run, parse_names, write_json
 from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
 
 import nets
@@ -140,7 +140,6 @@ def main():
     parser.add_argument("--confirm", action="store_true")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parse_names(parser, "method", METHODS)
-    leave_on_signals()
     path = HERE / "skew.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     results["about"] = about_this_run()

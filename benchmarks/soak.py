@@ -18,7 +18,7 @@ import time
 
 import psutil
 import report
-from common import HERE, BenchSuite, about_this_run, leave_on_signals, write_json
+from common import HERE, BenchSuite, about_this_run, write_json
 from helpers import lines
 
 DATASET, NUM_CLIENTS = "Shapes10", 10
@@ -191,7 +191,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=60, help="rounds to train (default: 60, and write soak.json)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default: 0)")
     args = parser.parse_args()
-    leave_on_signals()
     about = about_this_run()
     print(f"{args.rounds} rounds under faults")
     faulty = train(args.rounds, args.seed, with_faults=True)

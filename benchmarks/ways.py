@@ -16,7 +16,7 @@ import time
 
 import pandas as pd
 import psutil
-from common import HERE, BenchSuite, about_this_run, leave_on_signals, parse_names, write_json
+from common import HERE, BenchSuite, about_this_run, parse_names, write_json
 from helpers import ROOT, free_port, history, wait_until, write_images
 
 sys.path[:0] = [str(HERE.parent / "tests" / "engines"), str(ROOT)]
@@ -177,7 +177,6 @@ WAYS = {"scripts": scripts, "simulation": simulation, "deployment": deployment}
 
 
 def main():
-    leave_on_signals()
     args = parse_names(argparse.ArgumentParser(description=__doc__), "way", WAYS)
     path = HERE / "ways.json"
     measured = json.loads(path.read_text()) if path.exists() else {}

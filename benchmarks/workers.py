@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from libs import CKPS, DATASETS, nn, np, torch
 
-from common import memory_of
+from common import in_turns, memory_of
 
 NET = "LeNet5"
 
@@ -25,14 +25,12 @@ NET = "LeNet5"
 def alternate(pairs, **works):
     """Time each of `works` in turn, `pairs` times, every other time in reverse order: {name: [seconds, …]}."""
     seconds = {name: [] for name in works}
-    for turn in range(pairs + 1):  # the first is for warming up
-        for name in list(works) if turn % 2 else reversed(works):
-            gc.collect()
-            started = time.perf_counter()
-            works[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    for name in in_turns(pairs + 1, list(works)):
+        gc.collect()
+        started = time.perf_counter()
+        works[name]()
+        seconds[name].append(time.perf_counter() - started)
+    return {name: values[1:] for name, values in seconds.items()}  # the first is for warming up
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +287,7 @@ def save_arrays(archive, folder):
     from plumbing.sources.cifar import read_cifar
 
     began = time.perf_counter()
-    splits = read_cifar(Archive(Path(archive)), None).splits
+    splits = read_cifar(Archive(Path(archive), None), None).splits
     arrays = {split: [image for image, _ in images] for split, _, images in splits}
     started = time.perf_counter()
     for split, images in arrays.items():
@@ -303,34 +301,6 @@ def save_arrays(archive, folder):
         "images": sum(map(len, arrays.values())),
         "mib": memory_of("self"),
     }
-
-
-def draw_archive(path):
-    """Write drawn shapes in the layout of cifar-10-python.tar.gz, where the real images are not at hand."""
-    import io
-    import pickle
-    import tarfile
-
-    from plumbing.sources.shapes import draw_shapes
-
-    source = draw_shapes(50000, 10000)
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-
-        def add(name, what):
-            payload = pickle.dumps(what, protocol=2)
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(payload)
-            tar.addfile(member, io.BytesIO(payload))
-
-        for split, count, images in source.splits:
-            size = count // 5 if split == "train" else count
-            for number in range(1, count // size + 1):
-                batch = [next(images) for _ in range(size)]
-                data = np.stack([image.transpose(2, 0, 1).reshape(-1) for image, _ in batch])
-                name = f"data_batch_{number}" if split == "train" else "test_batch"
-                add(name, {b"data": data, b"labels": [label for _, label in batch]})
-        add("batches.meta", {b"label_names": [name.encode() for name in source.classes]})
-    return {"classes": source.classes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,9 +351,8 @@ def aggregation_memory(num_clients, pairs):
         "flower": lambda: strategy.FedAvg(fit_metrics_aggregation_fn=strategies.metrics_aggregation_fn),
     }
     mib = {name: [] for name in works}
-    for turn in range(pairs):
-        for name in list(works) if turn % 2 else reversed(works):
-            mib[name].append(in_fork(works[name]))
+    for name in in_turns(pairs, list(works)):
+        mib[name].append(in_fork(works[name]))
     return mib
 
 

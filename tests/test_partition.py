@@ -183,7 +183,7 @@ def test_show_prints_what_is_there_and_changes_nothing(make, shapes_zip, capsys)
     assert json.loads((folder / "dataset.json").read_text())["split"] == table.iloc[:3, :10].to_numpy().tolist()
     lines = (folder / "clients" / "client_1.csv").read_text().splitlines()
     (folder / "clients" / "client_1.csv").write_text("\n".join([*lines, "9,10,fit"]))
-    with pytest.raises(UserError, match="client_1.csv is not as"):
+    with pytest.raises(UserError, match="client_1.csv, line .*: label 10 is not in 0..9"):
         make("Tiny", "--show")
     with pytest.raises(UserError, match=r"tiny has no dataset.json .* \(--dataset can be Tiny\)"):
         make("tiny", "--show")

@@ -1,4 +1,4 @@
-"""The record of a run: what its worker saves, in which order, how it ends, and how a later run goes on from it."""
+"""The record of a run: what its thread saves, in which order, how it ends, and how a later run goes on from it."""
 
 import contextlib
 import math
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from libs import UserError
 from plumbing.common.state import get_arrays, save_checkpoint
-from plumbing.laptop import worker
+from plumbing.laptop import record as record_module
 from plumbing.laptop.curves import as_curves
 from plumbing.laptop.earlier import Earlier, best_of, kept_runs, move_aside, resume
 from plumbing.laptop.history import CLIENT_COLUMNS, FILES, read_history
-from plumbing.laptop.record import Record, Round
+from plumbing.laptop.record import Record
+from plumbing.laptop.saving import Round, patiently
 from plumbing.laptop.screen import describe_clients, show_end
-from plumbing.laptop.wandb_file import logged_steps
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ import torch
 from helpers import as_logged, start_patched, wandb_history
 
 import server
-from nets import LeNet5, load_checkpoint
+from nets import LeNet5
 
 FIGURES = {"fit_loss": 1.5, "fit_accuracy": 0.4, "eval_loss": 1.6, "eval_accuracy": 0.3, "clients": 2, "failures": 0}
 
@@ -74,14 +74,14 @@ def test_shortage_of_files_is_waited_for(tmp_path):
     record.close()
     assert list(pd.read_csv(tmp_path / "history.csv")["round"]) == [1] and (tmp_path / "server.ptl").exists()
     with pytest.raises(IsADirectoryError):  # which does not pass
-        worker.patiently(os.open, tmp_path, os.O_WRONLY)
+        patiently(os.open, tmp_path, os.O_WRONLY)
 
 
 def test_the_worker_has_a_name_and_is_gone_after_close(tmp_path):
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl")
     assert "record" in [thread.name for thread in threading.enumerate()]
     record.close()
-    assert not record.worker.thread.is_alive()
+    assert not record.thread.is_alive()
 
 
 def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_path):
@@ -90,14 +90,14 @@ def test_what_fails_in_the_worker_is_raised_by_all_that_its_caller_calls(tmp_pat
 
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[fail])
     add(record, 1)
-    record.worker.thread.join(10)
+    record.thread.join(10)
     for call in (record.check, lambda: add(record, 2), record.close, record.close):
         with pytest.raises(OSError, match="no space"):
             call()
 
 
 def test_closing_gives_up_on_a_worker_that_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "STALLED", 0.2)
+    monkeypatch.setattr(record_module, "STALLED", 0.2)
     release = threading.Event()
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", on_saved=[lambda *saved: release.wait(30)])
     add(record, 1)
@@ -158,7 +158,7 @@ def record_of(folder, rounds, last_round=0, rows=None):
 
 def go_on(folder):
     """What --resume reads: the rows up to the checkpoint's round."""
-    return resume(folder, LeNet5(1, 2), {"dataset": None}, load_checkpoint).rows
+    return resume(folder, LeNet5(1, 2), {"dataset": None}, False).rows
 
 
 def test_tables_after_a_resume_are_those_of_one_run(tmp_path):
@@ -223,11 +223,11 @@ def test_damaged_lines_of_clients_are_left_out_and_said(tmp_path, capsys):
 def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, limit):
     record = record_of(tmp_path, [1])
     record = Record(LeNet5(1, 2), tmp_path / "server.ptl", Earlier(tmp_path, read_history(tmp_path, 1)))
-    record.worker.close()
+    record.close()
 
     def save(current):
         row = {"round": current, **FIGURES, "test_accuracy": current / 10}
-        record._save([Round(row, get_arrays(record.model), {"0": {"examples": 24}}, is_sound=True)])
+        record.save([Round(row, get_arrays(record.model), {"0": {"examples": 24}})])
 
     save(2)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.csv")}
@@ -250,7 +250,7 @@ def test_rows_that_cannot_be_written_leave_nothing_and_do_not_count(tmp_path, li
 
 KILL = """
 import os, signal
-from plumbing.laptop import curves, history, record, screen
+from plumbing.laptop import curves, history, record, saving, screen
 record.SAVE_EVERY = 0  # each round by itself, however short
 
 def kill_after(owner, name, when):
@@ -270,9 +270,9 @@ ROUND_3 = {
     "test": 'record.Record, "_test", lambda self, finished: finished.row["round"] == 3',
     "clients.csv": 'history.Table, "write", lambda self, rows: "cid" in rows[-1] and rows[-1]["round"] >= 3',
     "history.csv": 'history.Table, "write", lambda self, rows: "clients" in rows[-1] and rows[-1]["round"] >= 3',
-    "server.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("server.ptl", 3)',
-    "best.ptl": 'record, "save_checkpoint", lambda path, _, about: (path.name, about["round"]) == ("best.ptl", 3)',
-    "wandb": 'curves.Curves, "log", lambda self, figures, step: step == 3',
+    "server.ptl": 'saving, "save_checkpoint", lambda path, _, about: about["round"] == 3',
+    "best.ptl": 'saving.Files, "_keep_best", lambda self, source: len(self.history.rows) == 3',
+    "wandb": 'curves.Curves, "log_round", lambda self, row, clients: row["round"] == 3',
     "screen": 'screen.Progress, "show_round", lambda self, row, clients: row["round"] == 3',
 }
 RISING = """
@@ -303,9 +303,6 @@ def assert_complete(suite, last):
     assert best["round"] == rows["round"][rows["test_accuracy"].idxmax()]
     folders = steps_of(suite)
     assert {path.name.rpartition("-")[2] for path in folders} == {server["wandb_run_id"]}
-    for path, steps in folders.items():
-        (file,) = path.glob("*.wandb")
-        assert logged_steps(file) == {step["_step"] for step in steps}
     steps = pd.DataFrame([step for steps in folders.values() for step in steps]).sort_values("_step")
     assert list(steps["_step"]) == list(steps["round"]) == list(rows["round"])
     rows = as_logged(rows)
@@ -454,7 +451,7 @@ def test_a_forgotten_resume_loses_nothing_and_what_is_said_can_be_done(tiny):
     assert refused.err == f"server.py: cannot resume from {tiny.root}: there is no server.ptl in it\n"
 
 
-@pytest.mark.parametrize("steps", range(2 * len(FILES) + 1))  # a link and an unlink each, and the renaming
+@pytest.mark.parametrize("steps", range(2 * len(FILES) + 1))  # a copy and an unlink each, and the renaming
 def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
     class Killed(Exception):
         pass
@@ -473,7 +470,7 @@ def test_moving_aside_survives_a_kill_at_any_file(tmp_path, monkeypatch, steps):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "link", counted(os.link))
+        patch.setattr(shutil, "copy2", counted(shutil.copy2))
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(Path, "rename", counted(Path.rename))
         with pytest.raises(Killed):
@@ -522,14 +519,14 @@ def test_other_data_is_refused_unless_it_is_allowed(tmp_path, change, reason):
         save_checkpoint(tmp_path / "server.ptl", LeNet5(1, 2), {**old, "round": 1})
         now = {**OLD, **change}
         if reason is None or (old["dataset_id"] is None and "classes" not in change):
-            assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint).rows) == 1
+            assert len(resume(tmp_path, LeNet5(1, 2), now, False).rows) == 1
             continue
         with pytest.raises(UserError, match=f"{reason}.*--allow_new_data"):
-            resume(tmp_path, LeNet5(1, 2), now, load_checkpoint)
-        assert len(resume(tmp_path, LeNet5(1, 2), now, load_checkpoint, allow_new_data=True).rows) == 1
+            resume(tmp_path, LeNet5(1, 2), now, False)
+        assert len(resume(tmp_path, LeNet5(1, 2), now, True).rows) == 1
     for model, dataset in ((LeNet5(1, 3), "D"), (LeNet5(3, 2), "D"), (LeNet5(1, 2), "E")):
         with pytest.raises(UserError) as refused:
-            resume(tmp_path, model, {**OLD, "dataset": dataset}, load_checkpoint, allow_new_data=True)
+            resume(tmp_path, model, {**OLD, "dataset": dataset}, True)
         assert "--allow_new_data" not in str(refused.value)
 
 
@@ -544,16 +541,16 @@ def test_damaged_server_ptl_is_named_with_a_way_out_that_works(tmp_path, capsys)
     damaged[len(damaged) // 2] ^= 0x40
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=r"server.ptl: it is damaged.*of round 2, first: cp ") as refused:
-        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
+        resume(tmp_path, LeNet5(1, 2), about, False)
     subprocess.run(str(refused.value).split("first: ")[1], shell=True, check=True)
-    rows = resume(tmp_path, LeNet5(1, 2), about, load_checkpoint).rows
+    rows = resume(tmp_path, LeNet5(1, 2), about, False).rows
     assert [row["test_accuracy"] for row in rows] == [0.5, 0.75]
     (tmp_path / "best.ptl").write_bytes(damaged)
     assert best_of(tmp_path, 2, about) == (0.75, path)
     assert "best.ptl is not used: it is damaged" in capsys.readouterr().out
     path.write_bytes(damaged)
     with pytest.raises(UserError, match="server.ptl: it is damaged") as refused:
-        resume(tmp_path, LeNet5(1, 2), about, load_checkpoint)
+        resume(tmp_path, LeNet5(1, 2), about, False)
     assert "cp " not in str(refused.value)
 
 

@@ -495,7 +495,7 @@ def test_confusions_are_sent_whole_or_not_at_all_which_is_said(capsys, num_class
     counts[np.random.RandomState(0).rand(*counts.shape) < share] += 1
     run = SimpleNamespace(log=lambda figures, step: logged.update(figures), finish=lambda: None)
     curves = Curves(run)
-    curves.log({}, step=1)
+    curves.log_round({"round": 1}, {})
     curves.finish({}, counts, None)
     assert len(logged["test/class_accuracy"].table.data) == num_classes
     (said,) = capsys.readouterr().out.splitlines() or [""]

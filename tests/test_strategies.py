@@ -803,7 +803,6 @@ def test_a_model_whose_test_loss_is_not_finite_is_not_kept_and_its_round_is_run_
 
     started = []
     monkeypatch.setattr(Record, "draw", lambda self: None)  # half of the time
-    monkeypatch.setattr(Record, "_draw_confusion", lambda self, path: None)
 
     class Trainer(Proxy):
         def ask(self, method, ins, timeout):

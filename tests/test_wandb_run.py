@@ -257,7 +257,7 @@ def start_curves(suite):
     code = f"import sys, time; sys.path.insert(0, {str(suite.root)!r})\n"
     code += "from plumbing.laptop.wandb_run import start_wandb\nbegan = time.monotonic()\n"
     code += "run, where = start_wandb('Tiny', None, {'lr': 0.1}); print(where)\n"
-    code += "run.log({'fit_loss': 0.5}, step=1); run.finish(); print('took', time.monotonic() - began)"
+    code += "run.log_round({'round': 1, 'fit_loss': 0.5}, {}); run.finish(); print('took', time.monotonic() - began)"
     return on_terminal(suite, "-c", code)
 
 

@@ -20,8 +20,8 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
     "channels" (int), "classes" ([str, …]); each None if not known: "id" of the split, "num_clients", "image_size"
     ([height, width] of the files), "shards" (a digest per cid), "test" (a digest), "mean" and "std" (of all training
     images, a float in 0..1 per channel), "split" (per cid how many images of each class), "sizes" ({cid: (fit images,
-    eval images)}), "partition" (describe_partition); and "images", by which nets.predict prepares an image as these
-    were prepared.
+    eval images)}), "partition" (describe_partition); "images", by which nets.predict prepares an image as these
+    were prepared; and "written", all that the file has, {} without it.
     Without the file, a name that contains MNIST means one channel, any other three, and the classes are the ten digits.
     """
     path = folder / "dataset.json"
@@ -42,7 +42,8 @@ def describe_dataset(dataset: str, folder: Path) -> dict:
         except (ValueError, TypeError, AssertionError):
             raise UserError(f"{path} is damaged: run partition.py again") from None
     images = {"image_size": info["image_size"], "fit": written.get("fit") or "squash", "levels": written.get("levels")}
-    return {**info, "sizes": sizes, "images": images, "partition": describe_partition(written)}
+    info.update({"sizes": sizes, "images": images, "partition": describe_partition(written), "written": written})
+    return info
 
 
 def describe_partition(facts: dict) -> str | None:

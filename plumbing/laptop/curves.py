@@ -20,6 +20,7 @@ import numpy as np
 
 SECTIONS = {name: "/".join(name.rsplit("_", 1)) for name in MEASURES}  # of wandb: fit/loss and so on
 SECTIONS.update({name: f"system/{name}" for name in ("num_clients", "failures", "round_seconds", *TRAFFIC)})
+MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for config
 REPLY = 15  # seconds to wait at most for what wandb's server has to answer, besides its own timeouts
 ALERT_EVERY = 3600  # seconds between two alerts for one device
 
@@ -62,7 +63,7 @@ class Curves:
         self.failed = False
         self.last_step = None  # the last that was logged here: the one that can still be added to
         self.alerted = {}  # when the last alert for a device was sent
-        with contextlib.suppress(Exception):  # as in log
+        with contextlib.suppress(Exception):  # as in log_round
             run.define_metric("*", step_metric="round")
             for name in SECTIONS:  # drawn once, in its section; the flat name is for the table of runs and old charts
                 best = {"test_accuracy": "max", "test_loss": "min"}.get(name)
@@ -78,20 +79,18 @@ class Curves:
             say(f"curves: {len(missing)} of the rounds {first} to {last} were missing, and are sent from history.csv")
 
     def log_round(self, row, clients):
-        self.log(as_curves(row, clients), step=row["round"])
-
-    def log(self, figures, step):
         try:
-            self.run.log(figures, step=step)
-            self.last_step = step
+            self.run.log(as_curves(row, clients), step=row["round"])
+            self.last_step = row["round"]
         except Exception as error:  # its process has died; all figures are in history.csv
             if not self.failed:
-                say(f"curves: Weights & Biases fails from round {step} on: {printable(error)}")
+                say(f"curves: Weights & Biases fails from round {row['round']} on: {printable(error)}")
             self.failed = True
 
-    def log_client(self, cid, facts):
+    def log_client(self, cid, properties):
         """Put what a client runs on into the run's config."""
-        with contextlib.suppress(Exception):  # as in log
+        facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
+        with contextlib.suppress(Exception):  # as in log_round
             self.run.config.update({f"clients/{cid}": facts}, allow_val_change=True)
 
     def show_split(self, split, classes):
@@ -115,7 +114,7 @@ class Curves:
                 self.alert(f"cid {cid}: {trouble}", f"{self.run.name}, round {current}: cid {cid}: {trouble}")
 
     def alert(self, title, text):
-        with contextlib.suppress(Exception):  # as in log
+        with contextlib.suppress(Exception):  # as in log_round
             self.run.alert(title[:63], text, level="WARN", wait_duration=ALERT_EVERY)
 
     def finish(self, models=None, mistakes=None, classes=None):
@@ -141,7 +140,7 @@ class Curves:
 
 
 def in_time(act):
-    """Call `act(wandb)`, and wait for it REPLY seconds at most. What it raises is lost, as in Curves.log."""
+    """Call `act(wandb)`, and wait for it REPLY seconds at most. What it raises is lost, as in Curves.log_round."""
 
     def run():
         import wandb

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import itertools
 import os
-import re
 import shlex
 import shutil
 import time
 from pathlib import Path
 
-from plumbing.common.files import atomic_write, sync_file, sync_folder
+from plumbing.common.files import sync_file, sync_folder
 from plumbing.common.process import UserError, printable, say
 from plumbing.common.state import read_saved
 from plumbing.laptop.history import FILES, read_history
@@ -54,23 +54,22 @@ def find_run(folder: Path, resume: bool | str) -> Path | None:
     if resume is not True:
         raise UserError(f"cannot resume from {source}: there is no server.ptl in it")
     kept = kept_runs(folder)
-    hint = f" (the newest run that was kept: {how_to_resume(kept[-1])})" if kept else ""
+    hint = f" (the newest run that was kept: --resume {shlex.quote(str(kept[-1]))})" if kept else ""
     say(f"nothing to resume in {folder}: starting at round 1{hint}")
     return None
 
 
-def read_args(path: Path, load) -> dict:
+def read_args(path: Path) -> dict:
     """Return the args of the run whose checkpoint is at `path`; {} if it cannot be read, which `resume` reports."""
     with contextlib.suppress(Exception):
-        return dict(load(path)[1]["args"])
+        return dict(read_saved(path)["args"])
     return {}
 
 
-def resume(folder: Path | None, model, about: dict, load, allow_new_data: bool = False) -> Earlier:
+def resume(folder: Path | None, model, about: dict, allow_new_data: bool) -> Earlier:
     """Put the parameters of the checkpoint in `folder` into `model`, and return its run; none if `folder` is None.
 
     about: what this run's checkpoints will say of themselves (state.save_checkpoint).
-    load: nets.load_checkpoint.
     allow_new_data: whether the classes, the shards or the test set may be others.
 
     Raises UserError if the checkpoint or its history cannot be read, or does not fit.
@@ -79,9 +78,9 @@ def resume(folder: Path | None, model, about: dict, load, allow_new_data: bool =
         return Earlier()
     path = folder / "server.ptl"
     try:
-        saved, checkpoint = load(path)
+        checkpoint = read_saved(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume from {path}: {error}{way_out(folder, load)}") from None
+        raise UserError(f"cannot resume from {path}: {error}{way_out(folder)}") from None
     try:
         mine = {"dataset": about["dataset"], "net": type(model).__name__, "num_classes": model.num_classes}
         for name, value in {**mine, "in_channels": model.in_channels}.items():
@@ -90,14 +89,14 @@ def resume(folder: Path | None, model, about: dict, load, allow_new_data: bool =
         other = other_data(checkpoint, about)
         if other is not None and not allow_new_data:
             raise ValueError(f"{other}; --allow_new_data continues with the new data")
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(checkpoint["model"])
         rows = read_history(folder, checkpoint["round"], checkpoint["metrics"])
         again = [current for current in checkpoint.get("resumed_after", ()) if current < len(rows)]
         return Earlier(folder, rows, checkpoint["wandb_run_id"], checkpoint.get("fedbn", ""), again)
     except ValueError as error:
         raise UserError(f"cannot resume from {path}: {error}") from None
     except Exception as error:  # whatever load_state_dict makes of files that are not ours
-        reason = f"it or history.csv is damaged, or not of this suite ({type(error).__name__})"
+        reason = f"it is not of this suite, or does not fit the {type(model).__name__} of nets.py: {printable(error)}"
         raise UserError(f"cannot resume from {path}: {reason}") from None
 
 
@@ -116,15 +115,15 @@ def other_data(checkpoint, about):
     return None
 
 
-def way_out(folder, load):
+def way_out(folder):
     """Return how to resume without server.ptl, as the end of a sentence; "" if best.ptl cannot be read either."""
     best = folder / "best.ptl"
     try:
-        _, checkpoint = load(best)
+        current = read_saved(best).get("round")
     except (OSError, ValueError):
         return ""
     command = shlex.join(["cp", str(best), str(folder / "server.ptl")])
-    return f"; to resume from best.ptl, of round {checkpoint.get('round')}, first: {command}"
+    return f"; to resume from best.ptl, of round {current}, first: {command}"
 
 
 def best_of(folder, last_round, about):
@@ -149,21 +148,10 @@ def best_of(folder, last_round, about):
     return best, best_path
 
 
-def keep_best(path, best_path):
-    """Make `path`, best.ptl, a copy of what `best_of` found, unless that is best.ptl itself."""
-    if best_path not in (None, path):
-        with atomic_write(path) as part:
-            shutil.copyfile(best_path, part)
-
-
 def kept_runs(folder):
     """Return the folders in which `move_aside` has kept runs of `folder` that can be resumed, the newest last."""
-    dated = re.compile(re.escape(folder.name) + r"\.\d{4}-\d\d-\d\d_\d{6}(_\d+)?")  # no run of a dataset like Name.v2
-    return sorted(path.parent for path in folder.parent.glob("*/server.ptl") if dated.fullmatch(path.parent.name))
-
-
-def how_to_resume(folder):
-    return f"--resume {shlex.quote(str(folder))}"
+    dated = f"{glob.escape(folder.name)}.????-??-??_??????*"  # no run of a dataset like Name.v2
+    return sorted(path.parent for path in folder.parent.glob(f"{dated}/server.ptl"))
 
 
 def move_aside(folder, names):
@@ -181,11 +169,8 @@ def move_aside(folder, names):
     part.mkdir()
     try:
         for name in found:
-            try:
-                os.link(folder / name, part / name)
-            except OSError:  # a file system without links, or another one
-                shutil.copy2(folder / name, part / name)
-                sync_file(part / name)
+            shutil.copy2(folder / name, part / name)
+            sync_file(part / name)
         sync_folder(part)
         part.rename(kept)
         sync_folder(folder.parent)
@@ -194,5 +179,5 @@ def move_aside(folder, names):
         raise
     for name in found:
         (folder / name).unlink()
-    hint = f"; to continue it: {how_to_resume(kept)}" if "server.ptl" in found else ""
+    hint = f"; to continue it: --resume {shlex.quote(str(kept))}" if "server.ptl" in found else ""
     say(f"kept {', '.join(found)} of the previous run in {kept}{hint}")

@@ -42,32 +42,21 @@ def describe_run(about):
     return title
 
 
-class Pictures:
-    """The pictures of a run in the folder `folder`. about: what its checkpoints say of it (state.save_checkpoint)."""
-
-    def __init__(self, folder, about):
-        self.folder, self.about = folder, about
-
-    def draw_rounds(self, rows, client_rows):
-        """Draw the rows of history.csv and of clients.csv."""
-        title, resumed = describe_run(self.about), self.about.get("resumed_after", ())
-        try_to_draw(draw_metrics, rows, self._path_of("metrics"), title, resumed)
-        try_to_draw(draw_devices, by_cid(client_rows), self._path_of("devices"), title)
-
-    def draw_best(self, mistakes, current):
-        """Draw the `mistakes` (engines.count_answers) of the best model, of the round `current`."""
-        title = f"{describe_run(self.about)}\nbest model, of round {current}"
-        try_to_draw(draw_confusion, mistakes, self.about.get("classes"), self._path_of("confusion"), title)
-
-    def _path_of(self, name):
-        kind = (self.about.get("args") or {}).get("picture_format", FORMATS[0])
-        return self.folder / f"{name}.{kind}"
+def draw_rounds(folder, about, rows, client_rows):
+    """Draw the rows of history.csv and of clients.csv into `folder`. about: as in describe_run."""
+    title, resumed = describe_run(about), about.get("resumed_after", ())
+    try_to_draw(draw_metrics, rows, picture_path(folder, about, "metrics"), title, resumed)
+    try_to_draw(draw_devices, by_cid(client_rows), picture_path(folder, about, "devices"), title)
 
 
-def best_row(rows):
-    """Return the row of history.csv with the best test accuracy, or None if none was measured."""
-    tested = [row for row in rows if not math.isnan(row["test_accuracy"])]
-    return max(tested, key=lambda row: row["test_accuracy"], default=None)
+def draw_best(folder, about, mistakes, current):
+    """Draw the `mistakes` (engines.count_answers) of the best model, of the round `current`, into `folder`."""
+    title = f"{describe_run(about)}\nbest model, of round {current}"
+    try_to_draw(draw_confusion, mistakes, about.get("classes"), picture_path(folder, about, "confusion"), title)
+
+
+def picture_path(folder, about, name):
+    return folder / f"{name}.{(about.get('args') or {}).get('picture_format', FORMATS[0])}"
 
 
 def draw_metrics(rows, path, title, resumed=()):
@@ -75,7 +64,8 @@ def draw_metrics(rows, path, title, resumed=()):
 
     resumed: the rounds after which the run was resumed.
     """
-    rounds, best = [row["round"] for row in rows], best_row(rows)
+    rounds, tested = [row["round"] for row in rows], [row for row in rows if not math.isnan(row["test_accuracy"])]
+    best = max(tested, key=lambda row: row["test_accuracy"], default=None)
     resumed = [current for current in resumed if current < rounds[-1]]
     with picture(path, (9.6, 4.8), title) as figure:
         for axes, measure in zip(figure.subplots(1, 2), ("loss", "accuracy")):

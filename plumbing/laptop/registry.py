@@ -19,7 +19,7 @@ from plumbing.laptop.stream import Gone
 from flwr.server import SimpleClientManager
 
 SETTLE = 10  # seconds without a new client until a round starts with fewer than all
-POLL = 0.5  # seconds until a signal or a failed worker is noticed while waiting
+POLL = 0.5  # seconds until a signal or a failed record is noticed while waiting
 SAY_AGAIN = 60  # seconds until a reason to turn clients away is printed again
 REASONS = 50  # that are printed in that time: strangers may cause any number
 

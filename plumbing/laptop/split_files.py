@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,9 @@ from pathlib import Path
 from plumbing.common.arguments import list_datasets
 from plumbing.common.files import sync_folder
 from plumbing.common.process import UserError, printable, say
+from plumbing.common.split import describe_dataset, read_table
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -72,29 +74,21 @@ def show(folder: Path) -> None:
     """Print how many images of each class each client of the dataset in `folder` has, according to the CSVs."""
     import pandas as pd  # takes half a second to import
 
-    try:
-        classes = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (folder / "dataset.json").exists():
         others = list_datasets(folder.parent)
-        raise UserError(f"{folder} has no dataset.json of this script{others}: run it without --show first") from None
-    shards, paths = {}, list((folder / "clients").glob("client_*.csv"))
-    cids = [path.stem[len("client_") :] for path in paths]
-    for cid, path in sorted((int(cid), path) for cid, path in zip(cids, paths) if cid.isdecimal()):
-        try:
-            shards[cid] = pd.read_csv(path)
-            labels, phases = set(shards[cid]["label"]), set(shards[cid]["phase"])
-        except (OSError, ValueError, KeyError):
-            labels = phases = set()
-        if not labels or not labels <= set(range(len(classes))) or not phases <= {"fit", "eval"}:
-            raise UserError(f"{path} is not as this script wrote it: run it again without --show")
-    if not shards:
+        raise UserError(f"{folder} has no dataset.json of this script{others}: run it without --show first")
+    classes, rows = describe_dataset(folder.name, folder)["classes"], {}
+    cids = [path.stem[len("client_") :] for path in (folder / "clients").glob("client_*.csv")]
+    for cid in sorted(int(cid) for cid in cids if cid.isdecimal()):
+        shard = read_table(folder / "clients" / f"client_{cid}.csv", len(classes), ("fit", "eval"))
+        counts = np.bincount(shard["label"].astype(int), minlength=len(classes))
+        num_eval = sum(shard["phase"] == "eval")
+        rows[cid] = [*counts, len(shard), len(shard) - num_eval, num_eval]
+    if not rows:
         raise UserError(f"{folder / 'clients'} has no client_<cid>.csv: run this without --show first")
-    rows = pd.concat(shards, names=["cid"]).reset_index("cid")
-    table = pd.crosstab(rows["cid"], rows["label"]).reindex(columns=range(len(classes)), fill_value=0)
-    table["all"] = table.sum(axis=1)
-    table[["fit", "eval"]] = pd.crosstab(rows["cid"], rows["phase"]).reindex(columns=["fit", "eval"], fill_value=0)
-    table.loc["all"] = table.sum()
-    table.columns = [*(printable(name, 40) for name in classes), *table.columns[len(classes) :]]
+    columns = [*(printable(name, 40) for name in classes), "all", "fit", "eval"]
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns)
+    table.loc["all"] = table.sum().to_numpy()
     shown = table.rename_axis("cid").reset_index().to_string(index=False)
     columns = shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
     if 0 < columns < shown.index("\n"):  # in parts, one below the other

@@ -5,14 +5,11 @@ from __future__ import annotations
 from plumbing.common.arguments import plain_args
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file
-from plumbing.common.process import UserError, printable, say
+from plumbing.common.process import UserError, say
 from plumbing.common.split import describe_partition
 from plumbing.common.state import batch_norm_names, float32_weights
-from plumbing.laptop.history import MANY
 from plumbing.laptop.rounds import LASTING
-from plumbing.laptop.wandb_run import describe_code, describe_data, start_wandb
-
-MACHINE = ("board", "torch", "flwr", "python", "threads", "free_mb", "slowdown", "num_fit", "num_eval")  # for wandb
+from plumbing.laptop.wandb_run import describe_code, start_wandb
 
 
 def count_clients(args, shards, least):
@@ -55,13 +52,6 @@ def describe_task(args, info, model, build_net):
     return {**task, "num_classes": num_classes, "net": args.net, "fingerprint": fingerprint(model), "trial": outputs}
 
 
-def tell_curves_of_client(curves, num_clients, cid, properties):
-    """Put what a client runs on into wandb's config, unless there are too many for its page."""
-    if num_clients <= MANY:
-        facts = {name: printable(value) for name, value in properties.items() if name in MACHINE}
-        curves.log_client(cid, facts)
-
-
 def hold_folder(folder, dataset):
     """Be the one server that writes to `folder`, as long as the lock that this returns is kept."""
     try:
@@ -76,25 +66,26 @@ def hold_folder(folder, dataset):
     return lock
 
 
-def start_curves(args, folder, info, model, earlier, needed):
+def start_curves(args, info, model, earlier, needed):
     """Return the Curves of the run; print what is trained on what, if rounds are `needed`.
 
-    folder, info: the dataset's, and what it is (data.describe_dataset). earlier: the earlier.Earlier that goes on.
+    info: of the dataset (data.describe_dataset). earlier: the earlier.Earlier that goes on.
     """
-    facts = describe_data(folder)
-    config = {**plain_args(args), "data": facts, **describe_code()}
+    facts = {name: value for name, value in info["written"].items() if name not in ("shards", "test", "split")}
+    config = {**plain_args(args), "data": facts, **describe_code()}  # no digests, no table of the split
     curves, where = start_wandb(args.dataset, earlier.run_id, config, earlier.rows, needed=needed)
     if needed:
         num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        show_task(args, info, facts, num_parameters)
+        show_task(args, info, num_parameters)
     say(where)
     curves.show_split(info["split"], info["classes"])
     curves.catch_up(earlier.rows)
     return curves
 
 
-def show_task(args, info, facts, num_parameters):
-    """Print what is trained on what. facts: what dataset.json says, {} if there is none."""
+def show_task(args, info, num_parameters):
+    """Print what is trained on what. info: of the dataset (data.describe_dataset)."""
+    facts = info["written"]
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:
         text += f", {facts['num_train']:,} images in {facts['num_clients']} shards ({describe_partition(facts)})"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from plumbing.common.process import UserError, printable
 from plumbing.laptop.curves import Curves, how_to_sync
-from plumbing.laptop.wandb_file import held_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,22 @@ def choose_mode(wandb):
     return ("online" if has_key else "offline"), why
 
 
+def held_steps(wandb_dir: str, run_id: str, names: str) -> set[int] | None:
+    """Return the steps that the folders `names` of a run in `wandb_dir` hold; None if there are none, or not readable.
+
+    wandb itself reads them, 1.2 s for a folder: of a run that was killed, all that is there.
+    """
+    paths, steps = list(Path(wandb_dir).glob(f"{names}-*-{glob.escape(run_id)}/*.wandb")), set()
+    for path in paths:
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
+        done = subprocess.run(command, cwd=path.parent, capture_output=True)
+        if done.returncode != 0:
+            return None
+        records = map(json.loads, done.stdout.splitlines())  # of bytes: only at newlines
+        steps.update(record["history"]["item"]["_step"] for record in records if record["type"] == "history")
+    return steps if paths else None
+
+
 def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed: bool = True):
     """Continue the run `run_id` in Weights & Biases, or start one. Return (Curves, a line that says where to see it).
 
@@ -78,7 +95,7 @@ def start_wandb(dataset: str, run_id: str | None, config: dict, rows=(), needed:
         except Exception as error:
             mode, why = "offline", printable(error)
     if mode == "offline":
-        held = held_steps(wandb_dir, run_id) if run_id is not None else None
+        held = held_steps(wandb_dir, run_id, "*run") if run_id is not None else None
         if held is None or max(held, default=0) > len(rows):
             run_id, held = None, None
         if not needed and (held is None or rounds <= held):
@@ -103,12 +120,3 @@ def describe_code() -> dict:
             modified = git("status", "--porcelain", "--untracked-files=no", ".")
             return {"git_commit": git("rev-parse", "HEAD"), "git_modified": bool(modified)}
     return {}
-
-
-def describe_data(folder: Path) -> dict:
-    """Return what dataset.json in `folder` says to people: no digests, no table of the split; {} without the file."""
-    try:
-        facts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {name: value for name, value in facts.items() if name not in ("shards", "test", "split")}

@@ -31,7 +31,7 @@ class NotAnArchive(Exception):
 class Archive:
     """A folder, zip or tar."""
 
-    def __init__(self, path: Path, scratch: Path | None = None):
+    def __init__(self, path: Path, scratch: Path):
         self.path, self.scratch = path, scratch  # scratch: folder for temporary files
 
     def __str__(self):
@@ -41,24 +41,21 @@ class Archive:
     def files(self) -> dict:
         """{name with forward slashes: function that opens it}. Raises NotAnArchive; UserError for an encrypted zip."""
         try:
-            return self._list()
+            if self.path.is_dir():
+                return dict(list_folder(self.path))
+            if zipfile.is_zipfile(self.path) and not tarfile.is_tarfile(self.path):  # a tar can end with a zip
+                return dict(list_zip(self.path))
+            tar = tarfile.open(self.path)
+            if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: going back would decompress it all
+                decompressed = tempfile.TemporaryFile(dir=self.scratch)
+                tar.fileobj.seek(0)
+                shutil.copyfileobj(tar.fileobj, decompressed)
+                decompressed.seek(0)
+                tar = tarfile.open(fileobj=decompressed)
+            members = [member for member in tar if member.isfile() or member.islnk() or member.issym()]
+            return {member.name: partial(tar.extractfile, member) for member in members}
         except UNREADABLE as error:
             raise NotAnArchive(str(error)) from error
-
-    def _list(self):
-        if self.path.is_dir():
-            return dict(list_folder(self.path))
-        if zipfile.is_zipfile(self.path) and not tarfile.is_tarfile(self.path):  # a tar can end with a zip
-            return dict(list_zip(self.path))
-        tar = tarfile.open(self.path)
-        if not isinstance(tar.fileobj, io.BufferedReader):  # compressed: going back would decompress it from the start
-            decompressed = tempfile.TemporaryFile(dir=self.scratch)
-            tar.fileobj.seek(0)
-            shutil.copyfileobj(tar.fileobj, decompressed)
-            decompressed.seek(0)
-            tar = tarfile.open(fileobj=decompressed)
-        members = [member for member in tar if member.isfile() or member.islnk() or member.issym()]
-        return {member.name: partial(tar.extractfile, member) for member in members}
 
 
 def list_folder(source):
