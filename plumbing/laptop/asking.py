@@ -1,7 +1,5 @@
 """Asking all clients at the same time, how long each may take, and who is missing."""
 
-from __future__ import annotations
-
 import collections
 import math
 import queue

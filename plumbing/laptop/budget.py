@@ -1,7 +1,5 @@
 """How many batches each device trains in a round, so that nobody waits for the slowest (--time_budget)."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

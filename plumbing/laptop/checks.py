@@ -1,7 +1,5 @@
 """What cannot be averaged: which of the clients' results are dropped, and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import math

@@ -1,7 +1,5 @@
 """What is sent to the run in Weights & Biases: figures by round, alerts, and at the end tables and models."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

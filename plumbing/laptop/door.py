@@ -7,8 +7,6 @@ read one frame at a time, of FIRST bytes, and the rest stays with them: gRPC's w
 of the pool, and in the handshake one of the registry's.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import ipaddress
 import threading

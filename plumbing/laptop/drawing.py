@@ -1,7 +1,5 @@
 """How a picture is drawn and saved: its letters, its formats, and that it never ends a run."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

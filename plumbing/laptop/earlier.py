@@ -1,7 +1,5 @@
 """How a run continues an earlier one (--resume), and where the earlier one is kept without it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import glob

@@ -7,8 +7,6 @@
 3. server.main returns train's exit code to run_script (common/process), which ends the process at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

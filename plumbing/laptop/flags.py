@@ -1,7 +1,5 @@
 """The server's flags, as --resume and a Flower App give them."""
 
-from __future__ import annotations
-
 from plumbing.common.arguments import given_flags, nonempty_path, number
 from plumbing.common.process import UserError, printable, say
 from plumbing.laptop.drawing import FORMATS

@@ -1,7 +1,5 @@
 """Who may take part in the training, and why not: the same for the scripts and for Flower's engines."""
 
-from __future__ import annotations
-
 from plumbing import VERSION
 from plumbing.common.compare import same_trial
 from plumbing.common.frames import FIRST, FRAMES, OtherVersion, describe_versions

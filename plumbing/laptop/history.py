@@ -1,7 +1,5 @@
 """The names of all figures of a run, and the two tables that hold them: history.csv and clients.csv."""
 
-from __future__ import annotations
-
 import collections
 import math
 import os

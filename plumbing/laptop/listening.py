@@ -1,7 +1,5 @@
 """Where the server listens, its certificates, and the command that starts a client."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

@@ -12,8 +12,6 @@ simulation    a SuperNode's number is its cid, and the folder is the server's; i
               data, then starts Flower and Ray, with a client on each core at a time
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """All pictures: metrics, devices, confusion and partition.png, to be seen at 800 pixels' width."""
 
-from __future__ import annotations
-
 import math
 
 from plumbing.laptop.drawing import FORMATS, name_classes, picture, plain, try_to_draw

@@ -1,7 +1,5 @@
 """When a round is tested and saved: in a thread, while the devices train the next one."""
 
-from __future__ import annotations
-
 import math
 import queue
 import threading

@@ -1,7 +1,5 @@
 """Who is connected to the server and takes part: each connection from its handshake to its end."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import math
 import secrets

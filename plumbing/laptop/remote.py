@@ -1,7 +1,5 @@
 """One client of the scripts: the questions that it is asked."""
 
-from __future__ import annotations
-
 import threading
 
 from plumbing.common.frames import FIRST, KEEPALIVE, PING_TIMEOUT, Malformed, most_bytes

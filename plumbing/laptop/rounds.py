@@ -1,7 +1,5 @@
 """Who is missing, how long to wait, when to stop trying: all of the rounds but the loop, which is in server.py."""
 
-from __future__ import annotations
-
 import collections
 import re
 import time

@@ -1,7 +1,5 @@
 """Which files a run leaves, and in which order a round is saved."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

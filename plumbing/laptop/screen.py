@@ -1,7 +1,5 @@
 """What the user sees of the rounds on the terminal: a line per round above a bar, and a summary at the end."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The files of a split dataset: its folder, replaced as a whole; CSVs; bundles; and --show, which reads them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

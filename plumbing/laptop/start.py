@@ -1,7 +1,5 @@
 """What is checked and printed before the first round."""
 
-from __future__ import annotations
-
 from plumbing.common.arguments import plain_args
 from plumbing.common.compare import fingerprint, seeded, trial
 from plumbing.common.files import lock_file

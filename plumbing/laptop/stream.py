@@ -1,7 +1,5 @@
 """One device's stream of frames, as the server has it."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import threading

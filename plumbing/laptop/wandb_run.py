@@ -1,7 +1,5 @@
 """Which run in Weights & Biases this one is: a new one or one that goes on, online or offline; and its config."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import glob

@@ -4,8 +4,6 @@ A reader takes (Archive, Options) and returns a Source, or None if the archive h
 for what has its layout and is damaged or incomplete. To add a source, write a reader and put it into READERS.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from plumbing.common.process import UserError

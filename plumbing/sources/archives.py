@@ -1,7 +1,5 @@
 """The files in a folder, zip or tar."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import lzma

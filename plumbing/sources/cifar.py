@@ -1,7 +1,5 @@
 """CIFAR-10's and CIFAR-100's own files, packed or not."""
 
-from __future__ import annotations
-
 import pickle
 
 from plumbing.common.process import UserError

@@ -1,7 +1,5 @@
 """Image files in folders named after their classes."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from contextlib import suppress

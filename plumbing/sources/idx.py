@@ -1,7 +1,5 @@
 """IDX files, the format of MNIST, EMNIST, QMNIST and FashionMNIST."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import re

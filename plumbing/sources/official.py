@@ -1,7 +1,5 @@
 """The official files of well-known datasets, and their download."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import queue

@@ -1,7 +1,5 @@
 """Shapes10, a built-in dataset of drawn shapes."""
 
-from __future__ import annotations
-
 from plumbing.sources.source import Source
 
 import cv2

@@ -1,7 +1,5 @@
 """What a reader is given besides the archive, and what it returns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
