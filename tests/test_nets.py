@@ -44,7 +44,7 @@ def test_checkpoint_of_a_net_that_is_gone_is_named(suite, three_shards):
     server = suite.server("--dataset", "Tiny", "--resume")
     assert server.wait() == 2
     (line,) = server.err.splitlines()
-    assert "its net is Gone, which nets.py does not have" in line
+    assert "its net is Gone, not LeNet5" in line
 
 
 WIDE = """

@@ -217,8 +217,8 @@ class Checks:
                 others = [changed[place] for changed in changes[:index] + changes[index + 1 :]]
                 bound = max(bound, FAR * statistics.median_low(others or [0]))
                 if change > bound:
-                    usual = f"far outside the {bound:.2g} of this round"
-                    outliers[index] = f"array {name} has changed by {change:.2g}, {usual}"
+                    text = "array {} has changed by {:.2g}, far outside the {:.2g} of this round"
+                    outliers[index] = text.format(name, change, bound)
                     break
         return outliers
 

@@ -80,7 +80,7 @@ def resume(folder: Path | None, model, about: dict, allow_new_data: bool) -> Ear
     except (OSError, ValueError) as error:
         raise UserError(f"cannot resume from {path}: {error}{way_out(folder)}") from None
     try:
-        mine = {"dataset": about["dataset"], "net": type(model).__name__, "num_classes": model.num_classes}
+        mine = {"net": type(model).__name__, "dataset": about["dataset"], "num_classes": model.num_classes}
         for name, value in {**mine, "in_channels": model.in_channels}.items():
             if checkpoint[name] != value:
                 raise ValueError(f"its {name} is {checkpoint[name]}, not {value}")
