@@ -11,7 +11,7 @@ from libs import nn, np, say, torch, tqdm
 from plumbing.common.fast import Adam
 from plumbing.common.state import save_checkpoint
 
-# The server's flags that travel to the devices with each round: client_fit_fn has parameters of the same names.
+# The server's flags that client_fit_fn has parameters for: they travel to the devices with each round.
 HYPER_PARAMETERS = ("num_epochs", "lr", "seed", "proximal_mu", "augment")
 SHIFT = 2  # pixels by which --augment shifts an image at most: with the usual 4, 100 rounds are too few
 

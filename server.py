@@ -165,7 +165,7 @@ class Server(Rounds):
         return True
 
 
-def build_strategy(args, model, record, num_fit, config, on_drop):
+def build_strategy(args, model, record, num_drawn, config, on_drop):
     """Return the strategy, which sends `config` to the clients with each question, and with a fit how to train."""
     fit_config = {name: getattr(args, name) for name in HYPER_PARAMETERS if getattr(args, name) is not None}
     fit_config.update({"num_rounds": args.num_rounds, **config})
@@ -173,7 +173,7 @@ def build_strategy(args, model, record, num_fit, config, on_drop):
         model,
         record=record,
         on_drop=on_drop,
-        num_fit=num_fit,
+        num_drawn=num_drawn,
         seed=args.seed,
         on_fit_config_fn=lambda current: {"round": current, **fit_config},
         on_evaluate_config_fn=lambda current: config,
@@ -194,7 +194,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     if args.augment is None:
         args.augment = getattr(net, "augment", False)
     test, info = load_test(datasets / args.dataset, net.image_size)
-    num_fit = start.count_clients(args, info["num_clients"], STRATEGIES[args.strategy].least)
+    num_drawn = start.count_clients(args, info["num_clients"], STRATEGIES[args.strategy].least)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model = build_net(args.net, info["channels"], len(info["classes"]))
@@ -228,7 +228,7 @@ def prepare(args, datasets, ckps, new_registry, in_app=False):
     record.on_saved += [curves.log_round, progress.show_round]
     config = name_task(args.net, info["id"]) if in_app else {}
     config.update({"fedbn": about["fedbn"]} if args.fedbn else {})
-    strategy = build_strategy(args, model, record, num_fit, config, progress.show_drop)
+    strategy = build_strategy(args, model, record, num_drawn, config, progress.show_drop)
     on_join = curves.log_client if args.num_clients <= MANY else None  # more are too many for wandb's page
     registry = new_registry(args.num_clients, task, on_join, Sender(args.compress, float32_weights(model)))
     run = Run(registry, strategy, curves, progress, lock)

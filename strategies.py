@@ -64,7 +64,7 @@ class Checked:
     save_ckp_path: where the newest global model goes; the rest of the record goes beside it (Record).
     on_drop: called as on_drop(round, cid, reason) for each result that is dropped.
     record: a Record; without one it makes its own.
-    num_fit: how many of the clients train in a round, drawn by lot each time; None: all. The others still evaluate.
+    num_drawn: how many of the clients train in a round, drawn by lot each time; None: all. The others still evaluate.
     seed: makes the draw the same for the same round, whoever else is there and whichever round the run starts with.
 
     Further arguments are the Flower strategy's. aggregate_fit and `close` raise Diverged if a round's test_loss is not
@@ -74,14 +74,18 @@ class Checked:
     least = 1  # results that the strategy needs
 
     def __init__(
-        self, initial_model, save_ckp_path=None, *args, on_drop=None, record=None, num_fit=None, seed=None, **kwargs
+        self, initial_model, save_ckp_path=None, *args, on_drop=None, record=None, num_drawn=None, seed=None, **kwargs
     ):
         self.given = set(kwargs)
         kwargs.setdefault("initial_parameters", ndarrays_to_parameters(get_arrays(initial_model)))
         kwargs.setdefault("fit_metrics_aggregation_fn", metrics_aggregation_fn)
         kwargs.setdefault("evaluate_metrics_aggregation_fn", metrics_aggregation_fn)
         super().__init__(*args, **kwargs)
-        self.model, self.num_fit, self.seed = initial_model, num_fit, secrets.token_hex(8) if seed is None else seed
+        self.model, self.num_drawn, self.seed = (
+            initial_model,
+            num_drawn,
+            secrets.token_hex(8) if seed is None else seed,
+        )
         self.checks = Checks(initial_model, BATCH_SIZES["fit"], self.least, on_drop)
         self.record = record or Record(initial_model, save_ckp_path)
         self.tries = collections.Counter()  # of each round: one in which nobody trained is run again, by others
@@ -111,7 +115,7 @@ class Checked:
         self.tries[server_round] += 1
         text = f"{self.seed} {server_round} {self.tries[server_round]}"
         instructions.sort(key=lambda pair: hashlib.blake2b(f"{text} {pair[0].cid}".encode()).digest())
-        return sorted(instructions[: self.num_fit], key=client_order)
+        return sorted(instructions[: self.num_drawn], key=client_order)
 
     def aggregate_fit(self, server_round, results, failures):
         """Aggregate the results that pass the checks: (Parameters, metrics), or (None, {}) if they are too few."""

@@ -81,9 +81,9 @@ class Manager:
         return self.clients[:num_clients]
 
 
-def draws(tmp_path, cids=range(10), rounds=range(1, 201), num_fit=3, seed=None, cls=FedAvg):
+def draws(tmp_path, cids=range(10), rounds=range(1, 201), num_drawn=3, seed=None, cls=FedAvg):
     """The cids that train in each of the rounds."""
-    strategy = cls(LeNet5(1, 2), tmp_path / "server.ptl", num_fit=num_fit, seed=seed, min_available_clients=1)
+    strategy = cls(LeNet5(1, 2), tmp_path / "server.ptl", num_drawn=num_drawn, seed=seed, min_available_clients=1)
     strategy.close()
     asked = [strategy.configure_fit(current, None, Manager(cids)) for current in rounds]
     return [[int(proxy.cid) for proxy, _ in instructions] for instructions in asked]
@@ -100,7 +100,7 @@ def test_draw_is_even_anew_each_round_and_repeated_by_its_seed(tmp_path, name):
     assert drawn[100:] == draws(tmp_path, seed=7, rounds=range(101, 201))  # a resume
     assert drawn != draws(tmp_path, seed=8)
     assert draws(tmp_path) != draws(tmp_path)
-    assert draws(tmp_path, num_fit=None, rounds=[1]) == [list(range(10))]
+    assert draws(tmp_path, num_drawn=None, rounds=[1]) == [list(range(10))]
 
 
 def test_draw_is_the_same_for_those_who_are_there(tmp_path):
@@ -111,9 +111,9 @@ def test_draw_is_the_same_for_those_who_are_there(tmp_path):
 
 
 def test_a_round_in_which_nobody_trained_is_run_again_with_others(tmp_path):
-    drawn = draws(tmp_path, rounds=[5] * 20, num_fit=1, seed=7)
+    drawn = draws(tmp_path, rounds=[5] * 20, num_drawn=1, seed=7)
     assert len({cids[0] for cids in drawn}) > 4
-    assert drawn[0] == draws(tmp_path, rounds=[5], num_fit=1, seed=7)[0]
+    assert drawn[0] == draws(tmp_path, rounds=[5], num_drawn=1, seed=7)[0]
 
 
 def test_those_who_do_not_train_still_evaluate(skewed):

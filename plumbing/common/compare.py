@@ -92,7 +92,7 @@ def trial(model: nn.Module) -> np.ndarray:
                     logits = [net.eval()(images.clone())]
             with blamed_on(name, "trained"):
                 if any(parameter.is_complex() for parameter in net.parameters()):
-                    raise TypeError("engines.Adam takes no complex parameters (complex buffers are fine)")
+                    raise TypeError("our Adam takes no complex parameters (complex buffers are fine)")
                 logits.append(net.train()(images.clone()))
                 for one in logits:
                     check_logits(one, model)

@@ -28,7 +28,7 @@ from plumbing import VERSION
 METHOD = "/fl_iot.Training/Join"
 FRAMES = 1  # the version of all this
 CHUNK = 2**18  # bytes of a message at most: LeNet5 with its header goes into one
-FIRST = 2**16  # bytes of a frame before the other side has proved that it knows the secret
+FIRST = 2**16  # bytes of a frame without arrays at most, and of any before the other side has proved the secret
 LENGTHS = struct.Struct("<QI")
 ENTRIES = 100  # in a dictionary
 KEEPALIVE, PING_TIMEOUT = 15, 20  # seconds without a word until a ping is sent, and until its answer is missed
@@ -83,7 +83,7 @@ def encode(kind: str, fields: dict | None = None, arrays: Iterable[bytes] = ()) 
 
 
 def decode(frame: bytes) -> tuple[dict, list[bytes]]:
-    """Return the header, whose fields `pick` judges, and the arrays. Raises Malformed."""
+    """Return the header, whose fields `judge` checks, and the arrays. Raises Malformed."""
     try:
         length, end = LENGTHS.unpack_from(frame)
         end += LENGTHS.size

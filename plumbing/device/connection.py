@@ -34,7 +34,7 @@ class Session:
     """The answers to a server, on one stream.
 
     client: a flwr NumPyClient with the attributes `task`, whose `model` is the net that travels, `secret`, and
-        `answered`, when it gave its last answer: a new session makes that None.
+        `answered`, when it gave its last answer; None at the start of a session.
     channel: see proof.name_channel.
 
     Until the server has proved that it knows the secret it is told who asks to take part, and no more.

@@ -23,7 +23,7 @@ class Earlier:
     folder: of its files.
     rows: of its history.csv, one for each of its rounds.
     run_id: of its run in Weights & Biases.
-    fedbn: its name on its devices, "" if these keep nothing for it (--fedbn).
+    fedbn: the names under which devices keep their batch norm for it, the newest first; "" without --fedbn.
     resumed_after: the rounds after which it was itself resumed.
     """
 

@@ -1,10 +1,11 @@
 """How a run ends, from Ctrl-C to the exit code.
 
-1. common/process.on_signal calls Run.stop in a thread of its own; it notes the signal.
-2. The main thread, wherever it waits for clients or for the record, calls Run.check every POLL seconds, which raises
-   Stopped. So it ends in Run.train, as it does after the last round and after any error: the clients are told, finished
-   rounds are saved, the curves completed.
-3. server.main returns train's exit code to run_script (common/process), which ends the process at once.
+1. common/process.on_signal calls Run.stop in a thread of its own, which notes the signal.
+2. The main thread calls Run.check at least every registry.POLL seconds while it waits for clients or for the tests of
+   the last rounds; that raises Stopped. So it ends in Run.train, as it does after the last round and after any error.
+3. Run.train tells the clients that are idle (busy ones see their stream end), saves finished rounds, draws the
+   pictures, and completes the curves.
+4. server.main returns train's exit code to run_script (common/process), which ends the process at once.
 """
 
 import dataclasses

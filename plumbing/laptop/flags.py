@@ -1,4 +1,4 @@
-"""The server's flags, as --resume and a Flower App give them."""
+"""The flags of a run's results, and all flags as --resume and a Flower App give them."""
 
 from plumbing.common.arguments import given_flags, nonempty_path, number
 from plumbing.common.process import UserError, printable, say

@@ -77,7 +77,7 @@ def name_task(net, dataset_id):
 
 
 def why_not_client(client, num_clients, dataset):
-    """Return the reason not to admit a client for what it says of itself, or None."""
+    """Return the reason not to admit a client for who it is (device/connection.WHO), or None."""
     cid = client.get("cid")
     if type(cid) is not int or not isinstance(client.get("device_id"), str):
         return "it is not this suite's client.py, or one of another version"
@@ -89,7 +89,7 @@ def why_not_client(client, num_clients, dataset):
 
 
 def why_not_ready(ready, cid, task):
-    """Return the reason not to admit a client for the data and the net that it has made ready, or None."""
+    """Return the reason not to admit a client for its data, its net, or what else it says of itself, or None."""
     shown = {name: printable(value, 40) for name, value in ready.items()}
     if "error" in ready and "channels" not in ready:  # it could not read its shard
         return printable(ready["error"])

@@ -41,7 +41,7 @@ def measured(row):
 
 
 def round_figures(rounds):
-    """Round all fractions of finished `rounds` (record.Round) to six digits, in place."""
+    """Round all fractions of finished `rounds` (saving.Round) to six digits, in place."""
     for finished in rounds:
         for figures in (finished.row, *finished.clients.values()):
             fractions = {name: value for name, value in figures.items() if isinstance(value, float) and value % 1}
@@ -62,7 +62,7 @@ def by_cid(rows):
 
 
 def client_rows(rounds):
-    """Return the rows of clients.csv of finished `rounds` (record.Round)."""
+    """Return the rows of clients.csv of finished `rounds` (saving.Round)."""
     empty = dict.fromkeys(CLIENT_COLUMNS, math.nan)
     return [
         {**empty, **figures, "round": finished.row["round"], "cid": cid}

@@ -9,7 +9,8 @@ messages      each names the net and the split of the data, and makes a new Clie
 deployment    a SuperNode's --node-config has its cid and the suite's folder; the device leaves the same files
 simulation    a SuperNode's number is its cid, and the folder is the server's; its board is "simulated", and it leaves
               no file but the batch norm of --fedbn; there is no --round_timeout. deploy/simulate.py first splits the
-              data, then starts Flower and Ray, with a client on each core at a time
+              data, then starts Flower and Ray, with a client on each core at a time; it ends them at Ctrl-C
+figures       there are no bytes_down, bytes_up and wait_seconds; sensors are those of the machine it runs on
 """
 
 import contextlib

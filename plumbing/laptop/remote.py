@@ -10,12 +10,8 @@ from plumbing.laptop.stream import Gone
 
 from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status
 
-# The server drops a client that is busy for --round_timeout, or whose gRPC is silent for KEEPALIVE + PING_TIMEOUT; a
-# client does the same (common/frames).
-# The main thread runs the rounds. Each stream has a thread of gRPC's pool, "stream …" (laptop/stream), in its handshake
-# one more, "client …", and each question one, "fit 3", that waits for the answer. "record" keeps the record, "signals"
-# notes signals. Registry._cv guards who is there; RemoteClient.lock is held while the client has a question to answer.
-
+# A client is dropped if it is busy for longer than --round_timeout. Both ends drop a stream whose other end has not
+# answered a ping for KEEPALIVE + PING_TIMEOUT seconds (common/frames).
 BUSY = KEEPALIVE + PING_TIMEOUT + 10  # seconds after which the stream of a busy client has shown that it is alive
 IDLE = 20  # seconds for one that has nothing to do to say that it is there
 
@@ -68,10 +64,10 @@ class RemoteClient:
         return FitRes(ok, parameters, answer["num_examples"], metrics)
 
     def is_alive(self):
-        """Return, within BUSY seconds, whether the client is there; end its stream if it is not.
+        """Return, within BUSY + IDLE seconds, whether the client is there; end its stream if it is not.
 
-        A busy client cannot answer. But gRPC misses the pings of a dead board, so a stream that lasts for BUSY seconds
-        is alive.
+        A busy client cannot answer. But gRPC ends the stream of a dead board, whose pings stay unanswered: one that
+        still lasts after BUSY seconds is alive.
         """
         if not self.lock.acquire(timeout=BUSY):
             return not self.proxy.ended.is_set()
@@ -88,7 +84,7 @@ class RemoteClient:
         self.proxy.close()
 
     def say_goodbye(self, notice):
-        """Send the client away with the notice, unless it is busy: then it hears the end of the process."""
-        # Only when the run is over does nobody train.
+        """Send the client away with the notice, unless it is busy: then it sees its stream end."""
+        # Nobody trains once the run is over, so this waits for an evaluate. The lock is kept: no more questions.
         if self.lock.acquire(timeout=IDLE if notice["why"] == "over" else 1):
             self.proxy.say_goodbye(**notice)

@@ -1,4 +1,10 @@
-"""Who is missing, how long to wait, when to stop trying: all of the rounds but the loop, which is in server.py."""
+"""Who is missing, how long to wait, when to stop trying: all of the rounds but the loop, which is in server.py.
+
+The main thread runs the rounds. Each stream has a thread of gRPC's pool, "stream …" (laptop/door), and in its handshake
+one more, "client" (laptop/registry); each question has one that waits for the answer, "fit 3" (laptop/asking). "record"
+tests and saves the rounds (laptop/record), "signals" notes signals (common/process), "curves" waits for wandb's server
+(laptop/curves). Registry._cv guards who is there; RemoteClient.lock is held while the client has a question to answer.
+"""
 
 import collections
 import re

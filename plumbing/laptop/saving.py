@@ -67,7 +67,7 @@ class Files:
         return {name: path for name, path in files.items() if path.exists()}
 
     def save(self, rounds):
-        """Save `rounds` in this order: clients.csv, history.csv, server.ptl, best.ptl.
+        """Save `rounds` in this order: clients.csv, history.csv, server.ptl, best.ptl; before the first, `_begin`.
 
         server.ptl decides which rounds are finished, so a kill between any two of these loses none: a resumed run
         drops later rows of the tables and runs those rounds again, it takes best.ptl from server.ptl if that is better

@@ -25,10 +25,10 @@ def count_clients(args, shards, least):
     if args.min_clients < least:
         counts = f"--num_clients {args.num_clients} --min_clients {args.min_clients}"
         raise UserError(f"{needs}{counts} allow smaller ones")
-    num_fit = max(1, int(args.fraction_fit * args.num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
-    if num_fit < least:
-        raise UserError(f"{needs}--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_fit}")
-    return num_fit
+    num_drawn = max(1, int(args.fraction_fit * args.num_clients + 1e-9))  # 0.29 * 100 is 28.999999999999996
+    if num_drawn < least:
+        raise UserError(f"{needs}--fraction_fit {args.fraction_fit:g} of {args.num_clients} clients is {num_drawn}")
+    return num_drawn
 
 
 def check_effects(args, model):
@@ -67,7 +67,7 @@ def hold_folder(folder, dataset):
 def start_curves(args, info, model, earlier, needed):
     """Return the Curves of the run; print what is trained on what, if rounds are `needed`.
 
-    info: of the dataset (data.describe_dataset). earlier: the earlier.Earlier that goes on.
+    info: of the dataset (common/split.describe_dataset). earlier: the earlier.Earlier that goes on.
     """
     facts = {name: value for name, value in info["written"].items() if name not in ("shards", "test", "split")}
     config = {**plain_args(args), "data": facts, **describe_code()}  # no digests, no table of the split
@@ -82,7 +82,7 @@ def start_curves(args, info, model, earlier, needed):
 
 
 def show_task(args, info, num_parameters):
-    """Print what is trained on what. info: of the dataset (data.describe_dataset)."""
+    """Print what is trained on what. info: of the dataset (common/split.describe_dataset)."""
     facts = info["written"]
     text = f"{args.dataset}: {len(info['classes'])} classes"
     if "partition" in facts:

@@ -9,7 +9,7 @@ from plumbing.common.frames import ANSWERS, FIRST, Malformed, OtherVersion, deco
 import grpc
 
 PATIENCE, GOODBYE = 10, 5  # seconds for a stranger to say who it is, and then to hear why it may not stay
-LOST = "connection lost"  # the one reason of Gone that says nothing about the run
+LOST = "connection lost"  # the one reason of Gone that may pass by itself (rounds.lasting_reasons)
 
 
 class Gone(Exception):

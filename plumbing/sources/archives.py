@@ -27,7 +27,7 @@ class NotAnArchive(Exception):
 
 
 class Archive:
-    """A folder, zip or tar."""
+    """A folder, zip or tar; or another file, of which a reader has the `path` alone."""
 
     def __init__(self, path: Path, scratch: Path):
         self.path, self.scratch = path, scratch  # scratch: folder for temporary files
