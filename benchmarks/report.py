@@ -15,6 +15,7 @@ import pandas as pd
 from common import HERE
 from helpers import ROOT
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 DOCS = ROOT / "docs"
 FIGURE_COMMANDS = """    .venv/bin/python partition.py --source cifar-10-python.tar.gz --num_clients 10
@@ -592,15 +593,15 @@ def draw_mixed():
     grid = picture.subplots(-(-len(runs) // 2), min(len(runs), 2), squeeze=False).flat
     for axes, ((split, shelf), by_method) in zip(grid, runs.items(), strict=False):
         for method, by_seed in by_method.items():
-            for place, run in enumerate(by_seed.values()):
+            for run in by_seed.values():
                 times, accuracies = zip(
                     *((seconds, statistics.fmean(classes)) for seconds, classes in run["rounds"]), strict=True
                 )
-                label = method if place == 0 else None
-                axes.plot(times, accuracies, color=colours[method], linewidth=1, alpha=0.8, label=label)
+                axes.plot(times, accuracies, color=colours[method], linewidth=1, alpha=0.8)
         axes.set(xlabel="time, in epochs of a fast board", ylabel="test accuracy", title=f"{split}; speeds {shelf}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
+    picture.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     return picture
 
 
