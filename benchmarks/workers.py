@@ -256,7 +256,7 @@ def timed_client(*args):
 
     client.Client.fit = timed("fit", client.Client.fit)
     client.Client.evaluate = timed("evaluate", client.Client.evaluate)
-    sys.argv = ["client.py", *args]
+    sys.argv = ["client.py", *map(str, args)]
     run_script(client.main)
 
 
@@ -273,7 +273,7 @@ def plain_server(*args):
 
     pack = Sender.pack
     Sender.pack = lambda self, model, held: pack(self, model, None)
-    sys.argv = ["server.py", *args]
+    sys.argv = ["server.py", *map(str, args)]
     run_script(server.main)
 
 
@@ -367,6 +367,5 @@ def parameter_bytes():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    is_client = sys.argv[1].endswith("_client")
-    arguments = [int(text) if text.isdigit() and not is_client else text for text in sys.argv[2:]]
+    arguments = [int(text) if text.isdigit() else text for text in sys.argv[2:]]
     print(json.dumps(globals()[sys.argv[1]](*arguments)), flush=True)
