@@ -231,6 +231,20 @@ def test_what_a_difference_was_too_coarse_for_is_sent_with_the_next_ones():
     np.testing.assert_allclose(arrived, [50, 0.05], atol=1 / 127)
 
 
+def test_arrays_cross_without_the_header_that_both_ends_have():
+    arrays = [*get_arrays(LeNet5(3, 10)), np.array(3), np.zeros((0, 2), np.float16)]
+    sender, holder = wire.Sender(), wire.Holder(lambda: [])
+    first = sender.model_of(ndarrays_to_parameters(arrays))
+    holder.unpack(sender.pack(first, None))
+    second = sender.model_of(ndarrays_to_parameters([array + 1 for array in arrays]))
+    down = sender.pack(second, first)
+    up = holder.pack(holder.unpack(down))
+    for sent in (down, up):
+        assert [len(data) for data in sent.tensors] == [4 + array.nbytes for array in arrays]
+        for restored, array in zip(wire.restore_all(sent.tensors, first.tensors), arrays, strict=True):
+            np.testing.assert_array_equal(wire.read_npy(restored), array + 1, strict=True)
+
+
 def test_buffers_and_integers_are_not_shrunk_and_tied_parameters_are():
     model = LeNet5(3, 10)
     names = [name for name, is_learned in zip(model.state_dict(), float32_weights(model)) if not is_learned]

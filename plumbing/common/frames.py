@@ -11,7 +11,7 @@ question was sent, so that gRPC's flow control holds back all else. Nothing is a
 kind            question                                  answer
 hello           version, frames, nonce                    version, frames, nonce, about, proof
 task            proof, ticket, net, dataset_id            about, and one array: common/compare.trial
-fit, evaluate   config, tensor_type, arrays               num_examples, loss, metrics, tensor_type, arrays
+fit, evaluate   config, tensor_type, arrays               num_examples, loss, metrics, arrays
 ping                                                      (is the device there?)
 goodbye         proof, why, text                          (it has heard why the stream ends)
 """
@@ -186,7 +186,7 @@ QUESTIONS = {
 ANSWERS = {
     "hello": {"nonce": is_hex, "about": is_dict(is_property), "proof?": is_hex},
     "task": {"about": is_dict(is_property)},
-    "fit": {"num_examples": is_any_number, "metrics": is_dict(is_property), "tensor_type": is_text(40)},
+    "fit": {"num_examples": is_any_number, "metrics": is_dict(is_property)},
     "evaluate": {"num_examples": is_any_number, "loss": is_any_number, "metrics": is_dict(is_property)},
     "ping": {},
     "goodbye": {},

@@ -1,7 +1,8 @@
 """How a net's parameters travel between server and device.
 
-Parameters.tensor_type   "<compress> <name of the model>" to a device; back, "<compress>", or "numpy.ndarray" if off
-Parameters.tensors       empty if the device holds that model; else an .npy or a difference per array
+Parameters.tensor_type   "<compress> <name of the model>" to a device; back it says nothing
+Parameters.tensors       empty if the device holds that model; else an .npy, its values or a difference per array
+values                   mark "same" (4 bytes), and an .npy without the header, which the receiver's last model has
 difference               mark (4 bytes), ndim (uint8), shape (uint32 each), scale (float32), values (mark's type)
                          little-endian; array = base + scale · values
 
@@ -22,6 +23,7 @@ import numpy as np
 from flwr.common import Parameters
 
 COMPRESS = ("off", "fp16", "int8")
+SAME = b"same"
 SHRUNK = {"fp16": ("<f2", 2**15), "int8": ("i1", 127)}  # mark: its type, and what the largest difference becomes
 
 
@@ -33,6 +35,17 @@ def write_npy(array: np.ndarray) -> bytes:
 
 def read_npy(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def header_of(data: bytes) -> bytes:
+    """Return the header of an .npy (version 1): it tells the dtype and the shape."""
+    return data[: 10 + int.from_bytes(data[8:10], "little")]
+
+
+def to_values(data: bytes, base: bytes) -> bytes:
+    """Return an .npy without its header, if that is the one of `base`; as it is otherwise."""
+    header = header_of(base)
+    return SAME + data[len(header) :] if data.startswith(header) else data
 
 
 def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
@@ -52,6 +65,8 @@ def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
 def restore(data: bytes, base: bytes | None = None) -> bytes:
     """Return the .npy that a tensor stands for; `base` is what a difference is to. Raises ValueError for nonsense."""
     mark = data[:4].decode("latin-1")
+    if data[:4] == SAME and base is not None:
+        return header_of(base) + data[4:]
     if mark not in SHRUNK:
         return data
     try:
@@ -80,7 +95,8 @@ class Model:
 
     def __init__(self, tensors, before=None, differences=None):
         self.tensors = tensors
-        self.before, self.differences = before, differences  # these are sent to devices that hold the Model `before`
+        self.values = [to_values(data, data) for data in tensors]  # these are sent to devices that hold any other
+        self.before, self.differences = before, differences  # and these to devices that hold the Model `before`
         self.name = hashlib.sha256(b"".join(tensors)).hexdigest()[:16]
 
 
@@ -107,7 +123,10 @@ class Sender:
         if self.compress == "off" or before is None:
             return Model(tensors)
         triples = zip(tensors, before.tensors, self.weights)
-        differences = [to_difference(data, base, self.compress) if weight else data for data, base, weight in triples]
+        differences = [
+            to_difference(data, base, self.compress) if weight else to_values(data, base)
+            for data, base, weight in triples
+        ]
         before.before = None  # or all models would be kept
         return Model(restore_all(differences, before.tensors), before, differences)
 
@@ -116,8 +135,8 @@ class Sender:
         tensors = model.tensors
         if held is not None and held.name == model.name:
             tensors = []
-        elif held is not None and held is model.before:
-            tensors = model.differences
+        elif held is not None:
+            tensors = model.differences if held is model.before else model.values
         return Parameters(tensors, f"{self.compress} {model.name}")
 
 
@@ -142,12 +161,12 @@ class Holder:
 
     def pack(self, parameters: Parameters) -> Parameters:
         """Return what to send back for `parameters`, which are Flower's plain arrays."""
-        tensors = parameters.tensors
-        if self.compress not in SHRUNK or len(tensors) != len(self.tensors):
+        if len(parameters.tensors) != len(self.tensors):
             return parameters
-        pairs = enumerate(zip(tensors, self.weights()))
-        shrunk = [self._difference(index, data) if weight else data for index, (data, weight) in pairs]
-        return Parameters(shrunk, self.compress)
+        weights = self.weights() if self.compress in SHRUNK else [False] * len(self.tensors)
+        triples = enumerate(zip(parameters.tensors, self.tensors, weights))
+        shrunk = [self._difference(i, data) if weight else to_values(data, base) for i, (data, base, weight) in triples]
+        return Parameters(shrunk, "")
 
     def _difference(self, index, data):
         """Return the array, plus the rounding errors of the last rounds, as a difference."""

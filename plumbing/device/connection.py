@@ -93,8 +93,7 @@ class Session:
             sent = self.holder.pack(Parameters([write_npy(array) for array in parameters], "numpy.ndarray"))
         except ValueError as error:  # what the server has sent before is not the model that is trained here
             raise frames.Malformed(printable(error)) from None
-        answer = {"num_examples": num_examples, "metrics": shorten(metrics), "tensor_type": sent.tensor_type}
-        return answer, sent.tensors
+        return {"num_examples": num_examples, "metrics": shorten(metrics)}, sent.tensors
 
     def on_evaluate(self, question, arrays):
         loss, num_examples, metrics = self.client.evaluate(self.unpack(question, arrays), question["config"])
