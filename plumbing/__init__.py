@@ -22,7 +22,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_DNS_RESOLVER", "native")  # the system's resolver, which knows names that end in .local
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
-VERSION = "1.2.0"  # of the suite, as in pyproject.toml; client and server tell each other theirs
+VERSION = "1.3.0"  # of the suite, as in pyproject.toml; client and server tell each other theirs
 PACKAGES = {"PIL": "pillow", "cv2": "opencv-python-headless", "grpc": "grpcio"}
 PACKAGES.update((name, name) for name in "filelock flwr matplotlib numpy pandas torch tqdm wandb".split())
 

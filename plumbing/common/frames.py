@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from plumbing import VERSION
 
 METHOD = "/fl_iot.Training/Join"
-FRAMES = 1  # the version of all this
+FRAMES = 2  # the version of all this
 CHUNK = 2**18  # bytes of a message at most: LeNet5 with its header goes into one
 FIRST = 2**16  # bytes of a frame without arrays at most, and of any before the other side has proved the secret
 LENGTHS = struct.Struct("<QI")
