@@ -23,11 +23,14 @@ def __getattr__(name):
     """Import `torch` and `nn` when they are first asked for: partition.py needs neither, and would wait a second."""
     if name not in ("torch", "nn"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    gc.disable()  # none of its thousand modules is garbage, and to search them takes an eighth of a script's start
-    import torch
-
-    gc.freeze()
-    gc.enable()
+    collecting = gc.isenabled()
+    gc.disable()  # none of its thousand modules is garbage, and to search them takes almost a third of a script's start
+    try:
+        import torch
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
     globals().update(torch=torch, nn=torch.nn)
     return globals()[name]
 

@@ -82,6 +82,13 @@ def test_round_does_not_depend_on_the_disk_of_the_device(trainer, capsys):
     assert "cannot save" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("before, after", [("gc.enable()", "True"), ("gc.disable()", "False")])
+def test_garbage_is_collected_again_after_the_imports(before, after):
+    code = f"import gc; {before}; from libs import torch; print(gc.isenabled(), gc.get_freeze_count() > 10**5)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [after, "True"], done.stderr
+
+
 @pytest.mark.parametrize("script", ["partition.py", "sweep.py"])
 def test_torch_is_there_for_whoever_asks_whatever_the_name_of_the_script(script):
     code = f"""import sys; sys.argv = [{script!r}]; import libs, partition; print("torch" in sys.modules)
