@@ -243,6 +243,10 @@ def test_arrays_cross_without_the_header_that_both_ends_have():
         assert [len(data) for data in sent.tensors] == [4 + array.nbytes for array in arrays]
         for restored, array in zip(wire.restore_all(sent.tensors, first.tensors), arrays, strict=True):
             np.testing.assert_array_equal(wire.read_npy(restored), array + 1, strict=True)
+    others = [array.reshape(-1, 1).astype(np.float64) for array in arrays]  # which the checks of the server are to see
+    sent = holder.pack(ndarrays_to_parameters(others)).tensors
+    for restored, array in zip(wire.restore_all(sent, second.tensors), others, strict=True):
+        np.testing.assert_array_equal(wire.read_npy(restored), array, strict=True)
 
 
 def test_buffers_and_integers_are_not_shrunk_and_tied_parameters_are():

@@ -63,7 +63,10 @@ def to_difference(data: bytes, base: bytes, mark: str) -> bytes:
 
 
 def restore(data: bytes, base: bytes | None = None) -> bytes:
-    """Return the .npy that a tensor stands for; `base` is what a difference is to. Raises ValueError for nonsense."""
+    """Return the .npy that a tensor stands for. Raises ValueError for nonsense.
+
+    base: the .npy at the same place of the last model: what a difference is to, and whose header values have.
+    """
     mark = data[:4].decode("latin-1")
     if data[:4] == SAME and base is not None:
         return header_of(base) + data[4:]
@@ -85,7 +88,7 @@ def restore(data: bytes, base: bytes | None = None) -> bytes:
 
 
 def restore_all(tensors, bases):
-    """Restore all tensors of a message; `bases` has what differences are to, in the same order, or is None."""
+    """Restore all tensors of a message; `bases` has the `base` of each, in the same order, or is None."""
     bases = (bases or []) + [None] * len(tensors)
     return [restore(data, base) for data, base in zip(tensors, bases)]
 
