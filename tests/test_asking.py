@@ -254,8 +254,9 @@ def proof(secret, question, nonce, about, channel=""):
 
 def hello(about, **fields):
     from plumbing import VERSION
+    from plumbing.common.frames import FRAMES
 
-    return {"version": VERSION, "frames": 1, "nonce": "1" * 32, "about": about, **fields}, []
+    return {"version": VERSION, "frames": FRAMES, "nonce": "1" * 32, "about": about, **fields}, []
 
 
 def ready(dataset_id):

@@ -162,7 +162,9 @@ def hello(**fields):
     return {"version": VERSION, "frames": frames.FRAMES, "nonce": "1" * 32, **fields}
 
 
-@pytest.mark.parametrize("other", [{"version": "1.3.0"}, {"frames": 2}, {"version": "0.9", "frames": 7, "about": 7}])
+@pytest.mark.parametrize(
+    "other", [{"version": "9.0.0"}, {"frames": frames.FRAMES + 1}, {"version": "0.9", "frames": 7, "about": 7}]
+)
 def test_other_versions_are_turned_away_in_words_on_both_sides(other):
     version = other.get("version", VERSION)
     with pytest.raises(TurnedAway, match=f"^this device runs FL-IoT {version}, the laptop {VERSION}: make deploy$"):
